@@ -1,0 +1,1 @@
+"""Recipes as data: `<task>/<family>/<variant>_<data>.yaml`."""

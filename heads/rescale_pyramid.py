@@ -1,0 +1,69 @@
+"""Feature pyramid from the maps of a columnar backbone, which all have one stride.
+
+Known from BEiT's segmentation code (arXiv 2106.08254) and used by Vim: each map is brought to its own stride by
+transposed convolutions or pooling, without mixing the maps. With Vim's released segmentation weights, level i holds
+what the authors call ``fpn{i+1}``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RescalePyramid"]
+
+
+class RescalePyramid(nn.Module):
+    """Brings feature maps of one stride to strides 4, 8, 16 and 32.
+
+    Args:
+        in_channels: Channels D of every map.
+        in_stride: Their stride in pixels; 4, 8, 16 or 32.
+        out_strides: Strides wanted, one per level.
+
+    Raises:
+        ValueError: If a level needs a factor other than 4, 2, 1, 1/2, 1/4 or 1/8.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        in_stride: int = 16,
+        out_strides: Sequence[int] = (4, 8, 16, 32),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.out_channels = [in_channels] * len(out_strides)
+        self.out_strides = tuple(out_strides)
+        self.levels = nn.ModuleList([_rescale(in_channels, in_stride, stride, dd) for stride in out_strides])
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (B, D, H, W), one per level or one for all levels, to maps (B, D, H * in/out, W * in/out).
+
+        Raises:
+            ValueError: If the number of maps is neither 1 nor the number of levels.
+        """
+        if len(features) == 1:
+            features = list(features) * len(self.levels)
+        if len(features) != len(self.levels):
+            raise ValueError(f"expected 1 or {len(self.levels)} feature maps, got {len(features)}")
+        return [level(feature) for level, feature in zip(self.levels, features, strict=True)]
+
+
+def _rescale(channels: int, in_stride: int, out_stride: int, dd: dict) -> nn.Module:
+    """Module that changes a map's stride."""
+
+    def double() -> nn.Module:
+        return nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2, **dd)
+
+    if in_stride == 4 * out_stride:
+        return nn.Sequential(double(), nn.BatchNorm2d(channels, **dd), nn.GELU(), double())
+    if in_stride == 2 * out_stride:
+        return nn.Sequential(double())
+    if in_stride == out_stride:
+        return nn.Identity()
+    if out_stride in (2 * in_stride, 4 * in_stride, 8 * in_stride):
+        return nn.MaxPool2d(out_stride // in_stride)
+    raise ValueError(f"cannot bring stride {in_stride} to stride {out_stride}; the factor must be a power of 2 up to 4")

@@ -1,0 +1,11 @@
+"""Sequence ops shared by every model: one function each, with interchangeable backends.
+
+Shape letters, the same in the whole code base: B batch, L tokens (H*W of a grid), D channels, N state size,
+G groups of channels that share B and C, K scan paths, P steps of a path, W width of a convolution.
+"""
+
+from zoo.kernels._backend import Backend, backend, use_backend
+from zoo.kernels.causal_conv1d import causal_conv1d
+from zoo.kernels.selective_scan import selective_scan, selective_scan_fn
+
+__all__ = ["Backend", "backend", "causal_conv1d", "selective_scan", "selective_scan_fn", "use_backend"]

@@ -1,0 +1,255 @@
+"""``torch.ops.zoo.selective_scan``: checks, backend dispatch, fake kernels, autograd and FLOP count.
+
+Canonical shapes, one for every caller: u (B, 1 or K, L, D), delta (B, K, L, D), A (K, D, N), B and C (B, K, L, G, N),
+D and delta_bias (K, D), z (B, L, D), initial_state (B, K, D, N), paths (K, P) integer, reverse K flags.
+The public function in ``__init__.py`` adds and removes the K and G dimensions.
+
+Besides output and last state the op returns the states at chunk boundaries, (B, K, chunks, N, D): all that the
+backward needs to recompute the others. They are empty unless ``save_states`` is set.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from zoo.kernels._backend import backend
+
+CHUNK = 32  # steps between two saved states
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulate_dtype(u: Tensor) -> torch.dtype:
+    """The dtype of states, exponentials and sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def path_length(u: Tensor, paths: Tensor | None) -> int:
+    """Steps per path."""
+    return u.shape[2] if paths is None else paths.shape[1]
+
+
+def num_chunks(steps: int) -> int:
+    """Chunks a path of that many steps is cut into; each starts from a saved state."""
+    return (steps + CHUNK - 1) // CHUNK
+
+
+def _implementation(device: torch.device) -> ModuleType:
+    """The backend's module, which offers ``forward`` and ``backward`` on canonical shapes."""
+    return importlib.import_module(f"zoo.kernels.selective_scan.{backend(device).name}")
+
+
+def _expect(name: str, x: Tensor | None, letters: str, shape: tuple) -> None:
+    if x is not None and tuple(x.shape) != shape:
+        raise ValueError(
+            f"selective_scan: {name} must have shape ({letters}) = {_show(shape)}, got {_show(tuple(x.shape))}"
+        )
+
+
+def _show(shape: tuple) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ")"
+
+
+def check_inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    paths: Tensor | None,
+    reverse: list[bool],
+) -> None:
+    """Raises ValueError, naming expected and given, unless the canonical inputs fit together."""
+    for name, x, dims in (("u", u, 4), ("delta", delta, 4), ("A", A, 3), ("B", B, 5), ("C", C, 5)):
+        if x.dim() != dims:
+            raise ValueError(f"selective_scan: {name} has {x.dim()} dimensions, expected {dims}: {_show(x.shape)}")
+    batch, paths_u, L, channels = u.shape
+    K, _, N = A.shape
+    groups = B.shape[3]
+    if paths_u not in (1, K):
+        raise ValueError(f"selective_scan: u has {paths_u} paths; A has {K}, so u needs 1 or {K}")
+    _expect("delta", delta, "B, K, L, D", (batch, K, L, channels))
+    _expect("A", A, "K, D, N", (K, channels, N))
+    _expect("B", B, "B, K, L, G, N", (batch, K, L, groups, N))
+    _expect("C", C, "B, K, L, G, N", (batch, K, L, groups, N))
+    _expect("D", D, "K, D", (K, channels))
+    _expect("z", z, "B, L, D", (batch, L, channels))
+    _expect("delta_bias", delta_bias, "K, D", (K, channels))
+    _expect("initial_state", initial_state, "B, K, D, N", (batch, K, channels, N))
+    if channels % groups:
+        raise ValueError(f"selective_scan: {channels} channels do not divide into {groups} groups of B and C")
+    if L == 0 or batch == 0:
+        raise ValueError(f"selective_scan: u of shape {_show(u.shape)} is empty")
+    if len(reverse) != K:
+        raise ValueError(f"selective_scan: reverse has {len(reverse)} flags for {K} paths")
+    integers = (torch.int32, torch.int64)
+    if paths is not None and (paths.dim() != 2 or paths.shape[0] != K or paths.dtype not in integers):
+        raise ValueError(
+            f"selective_scan: paths must be an int32 or int64 table (K, P) with K={K}, "
+            f"got {_show(paths.shape)} of {paths.dtype}"
+        )
+    for name, x in dict(u=u, delta=delta, B=B, C=C, z=z).items():
+        if x is not None and x.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"selective_scan: {name} is {x.dtype}; use one of {', '.join(map(str, FLOAT_DTYPES))}")
+    for name, x in dict(A=A, D=D, delta_bias=delta_bias, initial_state=initial_state).items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"selective_scan: {name} is {x.dtype}; it must be a real floating-point tensor")
+    everything = dict(
+        delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, paths=paths
+    )
+    for name, x in everything.items():
+        if x is not None and x.device != u.device:
+            raise ValueError(f"selective_scan: {name} is on {x.device} but u is on {u.device}; move them together")
+
+
+def _check_tokens(paths: Tensor, L: int) -> None:
+    lowest, highest = int(paths.min()), int(paths.max())
+    if highest >= L or lowest < -2:
+        token = highest if highest >= L else lowest
+        raise ValueError(
+            f"selective_scan: paths names token {token}; tokens are 0 to {L - 1}, -1 for zero, -2 for none"
+        )
+
+
+@torch.library.custom_op("zoo::selective_scan", mutates_args=())
+def selective_scan_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    paths: Tensor | None,
+    delta_softplus: bool,
+    reverse: list[bool],
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse)
+    if paths is not None and not paths.is_cuda:  # reading a GPU's table would stall it
+        _check_tokens(paths, u.shape[2])
+    with torch.autocast(u.device.type, enabled=False):  # would run the implementation's sums in 16 bits
+        return _implementation(u.device).forward(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, save_states
+        )
+
+
+@selective_scan_op.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, save_states):
+    check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse)
+    batch, _, L, channels = u.shape
+    K, _, N = A.shape
+    dtype = accumulate_dtype(u)
+    chunks = num_chunks(path_length(u, paths)) if save_states else 0
+    return (
+        u.new_empty(batch, L, channels),
+        u.new_empty(batch, K, N, channels, dtype=dtype).transpose(2, 3),
+        u.new_empty(batch, K, chunks, N, channels, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("zoo::selective_scan_backward", mutates_args=())
+def selective_scan_backward_op(
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    paths: Tensor | None,
+    delta_softplus: bool,
+    reverse: list[bool],
+) -> list[Tensor]:
+    """Gradients of u, delta, A, B, C, then of D, z, delta_bias and initial_state as far as they were given."""
+    with torch.autocast(u.device.type, enabled=False):
+        return _implementation(u.device).backward(
+            grad_out,
+            grad_last_state,
+            states,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            initial_state,
+            paths,
+            delta_softplus,
+            reverse,
+        )
+
+
+@selective_scan_backward_op.register_fake
+def _(
+    grad_out,
+    grad_last_state,
+    states,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    initial_state,
+    paths,
+    delta_softplus,
+    reverse,
+):
+    given = [x for x in (u, delta, A, B, C, D, z, delta_bias, initial_state) if x is not None]
+    return [x.new_empty(x.shape) for x in given]
+
+
+def _setup_context(ctx, inputs, output):
+    (u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, save_states) = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], u, delta, A, B, C, D, z, delta_bias, initial_state, paths)
+    ctx.delta_softplus, ctx.reverse, ctx.save_states = delta_softplus, reverse, save_states
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx, grad_out, grad_last_state, _):
+    if not ctx.save_states:
+        raise RuntimeError("zoo::selective_scan ran with save_states=False, so it has no gradient")
+    states, u, *rest = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = u.new_zeros(u.shape[0], u.shape[2], u.shape[3])
+    grads = torch.ops.zoo.selective_scan_backward(
+        grad_out, grad_last_state, states, u, *rest, ctx.delta_softplus, ctx.reverse
+    )
+    remaining = iter(grads)
+    inputs = (u, *rest[:-1])  # all but paths
+    return (*[None if x is None else next(remaining) for x in inputs], None, None, None, None)
+
+
+selective_scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.zoo.selective_scan)
+def _forward_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    """9 operations per step, channel and state: the field's usual count (2 for each multiply-add, 1 for exp...)."""
+    batch, K, L, channels = delta_shape
+    return 9 * batch * K * L * channels * A_shape[-1]
+
+
+@register_flop_formula(torch.ops.zoo.selective_scan_backward)
+def _backward_flops(grad_shape, grad_last_shape, states_shape, u_shape, delta_shape, A_shape, *args, **kwargs) -> int:
+    """Twice the forward, as for any linear layer, plus the forward that recomputes the states."""
+    return 3 * _forward_flops(u_shape, delta_shape, A_shape)

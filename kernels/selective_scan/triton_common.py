@@ -1,0 +1,60 @@
+"""What the forward and the backward Triton kernel of the selective scan share."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["LOG2E", "UNROLL", "block_shape", "device_guard", "rows", "softplus", "states_first", "token_at"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+UNROLL = 4  # steps whose loads are in flight together; the backward keeps that many states in registers
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), exact to rounding also where exp(x) is far below 1."""
+    e = tl.exp(-tl.abs(x))
+    series = e * (1.0 - e * (0.5 - e * 0.3333333333333333))
+    return tl.maximum(x, 0.0) + tl.where(e < 0.01, series, tl.log(1.0 + e))
+
+
+@triton.jit
+def token_at(table, path, step, steps, backwards, HAS_TABLE: tl.constexpr):
+    """Token that a path reads at a step: >= 0 a token, -1 a zero token, -2 (also past the end) no step at all."""
+    inside = step < steps
+    position = tl.where(backwards, steps - 1 - step, step)
+    if HAS_TABLE:
+        token = tl.load(table + path * steps + position, mask=inside, other=-2).to(tl.int32)
+    else:
+        token = tl.where(inside, position, -2)
+    return token
+
+
+def block_shape(channels: int, N: int) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_D, warps) of a program: one channel to a lane, at most 16 of its states in a thread's registers.
+
+    With the states of a channel in one thread, the sum over states needs no exchange between threads, and values that
+    belong to a channel (u, delta, z, y) are loaded by the very lane that uses them. Triton picks that layout by itself
+    as long as it cannot prove that several neighbouring channels may be loaded at once; hence ``stride_N``, whose
+    divisibility the kernels hide.
+    """
+    block_n = triton.next_power_of_2(N)
+    return block_n, 32, max(1, block_n // 16)
+
+
+def rows(x: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is contiguous, which is all the kernels ask for, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def states_first(x: Tensor | None) -> Tensor | None:
+    """(..., D, N) with the states before the channels in memory: (..., N, D)."""
+    return None if x is None else x.transpose(-2, -1).contiguous()
+
+
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one, where Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

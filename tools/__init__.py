@@ -1,0 +1,1 @@
+"""Command-line tools; each is run as `python -m zoo.tools.NAME`."""

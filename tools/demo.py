@@ -1,0 +1,137 @@
+"""Trains a Vision Mamba on real images and draws what it learned.
+
+    python -m zoo.tools.demo                                        1,797 scans of digits, a minute or two on a CPU
+    python -m zoo.tools.demo --data fashion_mnist                   70,000 photographs of clothing, better on a GPU
+    python -m zoo.tools.demo --short                                a few epochs, to see that everything works
+
+Run again, it finds the finished run and only draws; after an interruption it continues where it was.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from zoo.config import TrainConfig, load_config
+from zoo.data import Normalize, TensorData, open_split
+from zoo.engine import TrainResult, load_trained, train
+from zoo.optional import require
+from zoo.plots import plot_confusion, plot_curves, plot_images
+
+RECIPES = {"digits": "vim/micro_digits", "fashion_mnist": "vim/nano_fashion_mnist"}
+SHORT = {
+    "digits": ["optim.epochs=3", "optim.warmup_epochs=1"],
+    "fashion_mnist": [
+        "optim.epochs=2",
+        "optim.warmup_epochs=1",
+        "data.train_samples=512",
+        "data.val_samples=256",
+        "data.batch_size=32",
+        "model.kwargs.depth=2",
+    ],
+}
+SHOWN = 40
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the tool and returns its exit status: 0 done, 1 failed, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zoo.tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", choices=tuple(RECIPES), default="digits", help="default digits")
+    parser.add_argument("--output", help="folder for the run and the pictures; default runs/demo_<data>")
+    parser.add_argument("--short", action="store_true", help="train a few epochs only, in the sub-folder short")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    output = Path(options.output or f"runs/demo_{options.data}")
+    output = output / "short" if options.short else output
+    try:
+        overrides = [f"output={output}", "resume=auto", *(SHORT[options.data] if options.short else [])]
+        if not torch.cuda.is_available():
+            overrides.append("precision=fp32")
+        config = load_config(RECIPES[options.data], overrides)
+        print(f"Training {config.model.name} on {options.data} for {config.optim.epochs} epochs; files go to {output}")
+        result = train(config)
+        if not result.trained:
+            print("This run was finished before: nothing to train, drawing only. (Remove the folder to train again.)")
+        accuracy, count = draw(config, result)
+    except (OSError, ValueError, ModuleNotFoundError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    seconds = sum(row["seconds"] for row in result.log)
+    print(f"\nTest accuracy after {len(result.log)} epochs: {accuracy:.2f} % of {count} images")
+    print(f"Training took {seconds:.0f} s in all")
+    for name in ("curves.png", "confusion.png", "predictions.png", "mistakes.png", "log.csv", "last.safetensors"):
+        if (output / name).exists():
+            print(f"  {output / name}")
+    return 0
+
+
+def draw(config: TrainConfig, result: TrainResult) -> tuple[float, int]:
+    """Draws the pictures of a finished run from its last weights.
+
+    The last weights rather than the best ones: choosing by the test images would flatter the result.
+
+    Args:
+        config: The run's configuration.
+        result: What training returned.
+
+    Returns:
+        Test accuracy in percent, and the number of test images.
+    """
+    model, card = load_trained(result.output / "last.safetensors", "cuda" if torch.cuda.is_available() else "cpu")
+    data, _ = open_split(config.data, config.data.val_split)
+    probabilities = _probabilities(model, data, Normalize(card.preprocessing.mean, card.preprocessing.std))
+    confidence, guesses = probabilities.max(-1)
+    accuracy = 100 * (guesses == data.labels).double().mean().item()
+    count_confusions = require("torchmetrics.functional.classification").multiclass_confusion_matrix
+
+    title = f"{card.model} on {config.data.name}"
+    heading = f"{title}: {accuracy:.2f} % of {len(data)} test images"
+    plot_curves(result.log, result.output / "curves.png", title)
+    confusions = count_confusions(guesses, data.labels, num_classes=len(data.class_names))
+    plot_confusion(confusions, data.class_names, result.output / "confusion.png", heading)
+    _draw_images(data, confidence, guesses, torch.arange(len(data))[:SHOWN], result.output / "predictions.png", heading)
+    wrong = (guesses != data.labels).nonzero().flatten()
+    if len(wrong):
+        order = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
+        shown = f"{title}: the most confident of {len(wrong)} mistakes"
+        _draw_images(data, confidence, guesses, order, result.output / "mistakes.png", shown)
+    return accuracy, len(data)
+
+
+@torch.no_grad()
+def _probabilities(model: torch.nn.Module, data: TensorData, normalize: Normalize) -> torch.Tensor:
+    """Class probabilities (N, classes) on the CPU."""
+    device = next(model.parameters()).device
+    normalize.to(device)
+    batches = data.images.split(256)
+    return torch.cat([model(normalize(images.to(device))).float().softmax(-1).cpu() for images in batches])
+
+
+def _draw_images(
+    data: TensorData, confidence: torch.Tensor, guesses: torch.Tensor, chosen: torch.Tensor, path: Path, title: str
+) -> None:
+    """Draws the chosen test images with the guess and its probability, and the truth where the guess is wrong."""
+    captions = []
+    for index in chosen.tolist():
+        guess, truth = data.class_names[guesses[index]], data.class_names[data.labels[index]]
+        caption = f"{guess} ({confidence[index]:.0%})"
+        captions.append(caption if guess == truth else f"{caption}\ntrue: {truth}")
+    plot_images(
+        list(data.images[chosen].squeeze(1).numpy()),
+        captions,
+        (guesses[chosen] == data.labels[chosen]).tolist(),
+        path,
+        title,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

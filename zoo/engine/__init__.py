@@ -1,0 +1,28 @@
+"""Training, evaluation and prediction of image classifiers."""
+
+from zoo.engine.checkpoint import ModelCard, find_checkpoint, load_trained, save_weights
+from zoo.engine.evaluate import Evaluation, evaluate
+from zoo.engine.loop import TrainResult, train
+from zoo.engine.predict import Prediction, find_images, load_any, predict_files, write_predictions
+from zoo.engine.run_folder import read_log
+from zoo.engine.validate import result_row, validate, write_results
+
+__all__ = [
+    "Evaluation",
+    "ModelCard",
+    "Prediction",
+    "TrainResult",
+    "evaluate",
+    "find_checkpoint",
+    "find_images",
+    "load_any",
+    "load_trained",
+    "predict_files",
+    "read_log",
+    "result_row",
+    "save_weights",
+    "train",
+    "validate",
+    "write_predictions",
+    "write_results",
+]

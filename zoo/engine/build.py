@@ -1,0 +1,110 @@
+"""From the configuration to the model, its loss, its optimizer and its schedule."""
+
+import logging
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.utils.data import Dataset
+
+import zoo
+from zoo.config import TrainConfig
+from zoo.data import TensorData, resolve_preprocessing
+from zoo.engine.checkpoint import ModelCard
+from zoo.weights import checkpoint_filter
+
+__all__ = ["build_loss", "build_model", "build_optimizer"]
+
+_logger = logging.getLogger(__name__)
+
+
+def build_model(
+    config: TrainConfig, data: TensorData | Dataset, class_names: tuple[str, ...] | None
+) -> tuple[nn.Module, ModelCard]:
+    """Creates the model for the data and writes down how.
+
+    Args:
+        config: The complete configuration.
+        data: The training data, for its channels and normalisation.
+        class_names: Its classes in label order; None if it does not tell, then ``model.num_classes`` has to be set.
+
+    Returns:
+        The model on the CPU, and its card.
+
+    Raises:
+        ValueError: If the number of classes is unknown or too small, or the start checkpoint does not fit.
+    """
+    num_classes = config.model.num_classes or len(class_names or ())
+    if not num_classes:
+        raise ValueError(f"the data {config.data.name} does not tell its classes; set model.num_classes")
+    if class_names and num_classes < len(class_names):
+        raise ValueError(f"model.num_classes is {num_classes}, but the data has {len(class_names)} classes")
+    names = list(class_names or ())
+    names += [str(index) for index in range(len(names), num_classes)]
+    kwargs = {
+        "num_classes": num_classes,
+        "in_chans": data.images.shape[1] if isinstance(data, TensorData) else config.data.in_chans or 3,
+        "drop_path_rate": config.model.drop_path,
+        **config.model.kwargs,
+    }
+    model = zoo.create_model(config.model.name, pretrained=config.model.pretrained, **kwargs)
+    if config.model.checkpoint:
+        _start_from(model, config.model.checkpoint)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    preprocessing = resolve_preprocessing(config.data, data, model)
+    return model, ModelCard(config.model.name, kwargs, tuple(names), preprocessing, data=config.data.name)
+
+
+def build_loss(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """Returns Mixup, which makes soft targets with the smoothing already in them, or None, and the loss."""
+    augment = config.augment
+    if not (augment.mixup or augment.cutmix):
+        return None, nn.CrossEntropyLoss(label_smoothing=augment.label_smoothing)
+    mixup = Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_prob,
+        label_smoothing=augment.label_smoothing,
+        num_classes=num_classes,
+    )
+    return mixup, nn.CrossEntropyLoss()
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module, updates: int) -> tuple[torch.optim.Optimizer, Any]:
+    """Returns timm's optimizer with its weight-decay groups, and its schedule, which is stepped per update."""
+    optim = config.optim
+    optimizer = create_optimizer_v2(
+        model,
+        opt=optim.name,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        **({"betas": tuple(optim.betas)} if optim.betas else {}),
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=optim.schedule,
+        num_epochs=optim.epochs,
+        warmup_epochs=optim.warmup_epochs,
+        warmup_lr=optim.lr / 100,
+        min_lr=optim.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    return optimizer, scheduler
+
+
+def _start_from(model: nn.Module, path: str) -> None:
+    """Loads a checkpoint for fine-tuning: everything has to fit but the classifier, which stays new if it does not."""
+    weights = dict(checkpoint_filter(model)(zoo.load_checkpoint(path), model))
+    classifier = model.pretrained_cfg["classifier"]
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    for name, tensor in model.state_dict().items():
+        if name.rpartition(".")[0] in heads and name in weights and weights[name].shape != tensor.shape:
+            _logger.info("New %s for %d classes; %s has %d", name, len(tensor), path, len(weights[name]))
+            weights[name] = tensor
+    zoo.load_into(model, weights)

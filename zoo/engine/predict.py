@@ -1,0 +1,147 @@
+"""Predictions for image files: finding the files, running a model, writing a table."""
+
+import csv
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import nn
+
+import zoo
+from zoo.config import DataConfig
+from zoo.data import Normalize, image_transform, report_bad_files, resolve_preprocessing, why_unreadable
+from zoo.engine.checkpoint import ModelCard, load_trained
+
+__all__ = ["Prediction", "find_images", "load_any", "predict_files", "write_predictions"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The first guess for one image.
+
+    Attributes:
+        file: The image.
+        label: Predicted class.
+        probability: Its probability, 0 to 1.
+        truth: The true class if the file's folder is named after a class, else None.
+    """
+
+    file: Path
+    label: str
+    probability: float
+    truth: str | None
+
+    @property
+    def correct(self) -> bool | None:
+        """Whether the guess is right; None if the true class is not known."""
+        return None if self.truth is None else self.label == self.truth
+
+
+def load_any(
+    name: str, checkpoint: str | None = None, img_size: int | None = None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, ModelCard]:
+    """Loads a trained model from a run, from a weight file, or from published weights.
+
+    Args:
+        name: A run's folder, a ``.safetensors`` file of a run, or a model name.
+        checkpoint: Weight file for a model name; default its published weights.
+        img_size: Side of the images in pixels for a model name; default what the weights were made for.
+        device: Where the model goes.
+
+    Raises:
+        FileNotFoundError: If a run's folder holds no weights.
+        ValueError: If there is no such file or model, or the weights do not fit.
+    """
+    if Path(name).exists():
+        return load_trained(name, device)
+    source = {"checkpoint_path": checkpoint} if checkpoint else {"pretrained": True}
+    model = zoo.create_model(name, **source).to(device).eval()
+    labels = range(model.num_classes)
+    names, descriptions = tuple(model.pretrained_cfg.get("label_names") or map(str, labels)), ()
+    subset = infer_imagenet_subset(model)
+    if subset:
+        info = ImageNetInfo(subset)
+        names = tuple(info.index_to_label_name(label) for label in labels)
+        descriptions = tuple(info.index_to_description(label) for label in labels)
+    data = DataConfig(name="folder", img_size=img_size, in_chans=model.pretrained_cfg["input_size"][0])
+    preprocessing = resolve_preprocessing(data, None, model)
+    return model, ModelCard(name, {}, names, preprocessing, data="folder", descriptions=descriptions)
+
+
+def find_images(inputs: Sequence[str], bad_files: str = "skip") -> list[Path]:
+    """Finds image files and checks that they can be read.
+
+    Args:
+        inputs: Files, folders (searched to the bottom for image files) and glob patterns such as ``shop/**/*.jpg``.
+        bad_files: ``skip`` reports unreadable images and leaves them out, ``error`` raises.
+
+    Returns:
+        The readable ones, sorted within each input, none twice.
+
+    Raises:
+        FileNotFoundError: If an input matches nothing.
+        ValueError: If an image cannot be read under ``error``, or none can.
+    """
+    extensions = get_img_extensions(as_set=True)
+    found: dict[Path, None] = {}  # an ordered set
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in extensions]
+        elif path.is_file():
+            files = [path]
+        else:
+            files = [Path(file) for file in sorted(glob.glob(text, recursive=True)) if Path(file).is_file()]
+        if not files:
+            raise FileNotFoundError(f"no image at {text}; give an image file, a folder of them, or a quoted pattern")
+        found.update(dict.fromkeys(files))
+    reasons = {str(file): reason for file in found if (reason := why_unreadable(file))}
+    report_bad_files(reasons, len(found), ", ".join(inputs), bad_files)
+    readable = [file for file in found if str(file) not in reasons]
+    if not readable:
+        raise ValueError(f"there is no readable image in {', '.join(inputs)}")
+    return readable
+
+
+@torch.no_grad()
+def predict_files(model: nn.Module, card: ModelCard, files: Sequence[Path], batch_size: int = 64) -> list[Prediction]:
+    """Classifies image files.
+
+    Args:
+        model: A model in evaluation mode.
+        card: Its classes and preprocessing.
+        files: Readable images, see :func:`find_images`.
+        batch_size: Images at a time.
+
+    Returns:
+        One prediction per file, in their order.
+    """
+    device = next(model.parameters()).device
+    transform = image_transform(card.preprocessing)
+    normalize = Normalize(card.preprocessing.mean, card.preprocessing.std).to(device)
+    predictions = []
+    for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        images = torch.stack([transform(Image.open(file)) for file in batch]).to(device)  # (B, C, H, W)
+        probabilities, labels = model(normalize(images)).float().softmax(-1).max(-1)  # (B,) each
+        for file, probability, label in zip(batch, probabilities.tolist(), labels.tolist(), strict=True):
+            folder = file.resolve().parent.name
+            truth = card.shown_names[card.class_names.index(folder)] if folder in card.class_names else None
+            predictions.append(Prediction(file, card.shown_names[label], probability, truth))
+    return predictions
+
+
+def write_predictions(predictions: Sequence[Prediction], path: str | Path) -> None:
+    """Writes a CSV file with the columns file, predicted, probability, true (empty where it is not known)."""
+    with Path(path).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "predicted", "probability", "true"])
+        for prediction in predictions:
+            writer.writerow(
+                [prediction.file, prediction.label, f"{prediction.probability:.4f}", prediction.truth or ""]
+            )
