@@ -30,7 +30,7 @@ EXTRAS = {
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
-EXTRAS["dev"] = [*EXTRAS["train"], "build>=1.2", "pre-commit>=3.7", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9"]
+EXTRAS["dev"] = [*EXTRAS["train"], "pre-commit>=3.7", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "setuptools>=77"]
 
 
 def find_packages() -> list[str]:
@@ -60,7 +60,7 @@ setup(
     packages=find_packages(),
     package_dir=FOLDERS,
     package_data={"zoo": ["pretrained/*"], "zoo.configs": ["**/*.yaml", "**/*.json"]},
-    install_requires=["torch>=2.11", "torchvision>=0.26", "timm>=1.0.29"],
+    install_requires=["torch>=2.11", "torchvision>=0.26", "timm>=1.0.29", "safetensors>=0.4"],
     extras_require=EXTRAS,
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -87,7 +87,7 @@ class VimBlock(nn.Module):
 
 
 class VimBlockPair(nn.Module):
-    """Two one-directional blocks side by side, one reading forwards and one backwards; both streams are added."""
+    """Two blocks side by side, the second on the flipped sequence; their streams are added."""
 
     def __init__(self, forward_block: VimBlock, backward_block: VimBlock) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class VisionMamba(nn.Module):
         dt_rank: Rank of the step projection; default ceil(embed_dim / 16).
         directions: What a block scans, see :class:`~zoo.backbones.layers.mamba.MambaMixer`.
         merge: Whether a block averages or adds its directions.
-        paired_blocks: Use blocks in pairs of a forward and a backward one instead; ``directions`` must be "forward".
+        paired_blocks: Whether blocks work in pairs on the same stream, the second one on the flipped sequence.
         class_token: Place of the class token(s) in the sequence, or None.
         pos_embed: Whether a learned position embedding is added.
         rope: Whether 2D rotary embedding turns the tokens before every block.
@@ -185,8 +185,8 @@ class VisionMamba(nn.Module):
             raise ValueError(f"norm_layer={norm_layer!r} is not known; use one of {', '.join(NORM_LAYERS)}")
         if rope and embed_dim % 4:
             raise ValueError(f"rope needs embed_dim divisible by 4, got {embed_dim}")
-        if paired_blocks and (depth % 2 or directions != "forward"):
-            raise ValueError(f"paired_blocks needs an even depth and directions='forward', got {depth}, {directions!r}")
+        if paired_blocks and depth % 2:
+            raise ValueError(f"paired_blocks needs an even depth, got {depth}")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
@@ -213,16 +213,17 @@ class VisionMamba(nn.Module):
         def make_norm() -> nn.Module:
             return NORM_LAYERS[norm_layer](embed_dim, eps=norm_eps, **dd)
 
-        def make_block(drop_path: float, directions: Directions) -> VimBlock:
-            mixer = MambaMixer(embed_dim, d_state, d_conv, expand, dt_rank, directions, merge, layer_scale, **dd)
+        def make_block(drop_path: float, flipped: bool = False) -> VimBlock:
+            mixer = MambaMixer(
+                embed_dim, d_state, d_conv, expand, dt_rank, directions, flipped, merge, layer_scale, **dd
+            )
             return VimBlock(make_norm(), mixer, drop_path)
 
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
         if paired_blocks:
-            pairs = zip(rates[::2], rates[1::2], strict=True)
-            blocks = [VimBlockPair(make_block(a, "forward"), make_block(b, "backward")) for a, b in pairs]
+            rates = calculate_drop_path_rates(drop_path_rate, depth // 2)
+            blocks = [VimBlockPair(make_block(rate), make_block(rate, flipped=True)) for rate in rates]
         else:
-            blocks = [make_block(rate, directions) for rate in rates]
+            blocks = [make_block(rate) for rate in calculate_drop_path_rates(drop_path_rate, depth)]
         self.blocks = nn.ModuleList(blocks)
         self.depth = len(blocks)
         self._set_feature_info()

@@ -1,44 +1,47 @@
 """The doctor: what it reports, and that it notices a wrong kernel."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from zoo.kernels import causal_conv1d
+from zoo.kernels import causal_conv1d, use_backend
 from zoo.tools import doctor
 
 
-def run_doctor(**environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "zoo.tools.doctor"],
-        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def without_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["doctor"])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_reports_versions_backends_and_checks():
-    done = run_doctor(ZOO_CACHE="/some/where")
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["torch", torch.__version__.split("+")[0]] in [[line[0], line[-1].split("+")[0]] for line in lines]
+def test_reports_versions_backends_and_checks(monkeypatch, capsys):
+    monkeypatch.setenv("ZOO_CACHE", "/some/where")
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["torch", doctor.installed_version("torch")] in lines
     assert ["ZOO_CACHE", "/some/where"] in lines
-    assert "cpu              cpu (vectorised torch code is the fast path for cpu tensors)" in done.stdout
-    assert "FAIL" not in done.stdout
+    assert "cpu              cpu (vectorised torch code is the fast path for cpu tensors)" in out
+    assert "FAIL" not in out
     for op in ("selective_scan", "causal_conv1d"):
-        assert f"PASS {op} on cpu: largest error" in done.stdout
+        assert f"PASS {op} on cpu: largest error" in out
 
 
-def test_fails_where_the_requested_backend_cannot_run():
+def test_extras_name_what_is_missing(monkeypatch):
+    assert set(doctor.extras()) >= {"train", "dev"}
+    assert doctor.extras()["train"] == []  # the tests need all of it
+    real = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "not installed" if name == "rich" else real(name))
+    assert doctor.extras()["train"] == ["rich"]
+
+
+def test_fails_where_the_requested_backend_cannot_run(capsys):
     if torch.cuda.is_available():
         pytest.skip("Triton runs on this machine")
-    done = run_doctor(ZOO_BACKEND="triton")
-    assert done.returncode == 1
-    assert "SKIP cpu: none: backend 'triton' was requested" in done.stdout
+    with use_backend("triton"):
+        assert doctor.main() == 1
+    assert "SKIP cpu: none: backend 'triton' was requested" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", doctor.CHECKS)
@@ -66,7 +69,6 @@ def broken_in_float32(**inputs: torch.Tensor) -> torch.Tensor:
 )
 def test_a_wrong_kernel_is_noticed(op, detail, monkeypatch, capsys):
     monkeypatch.setitem(doctor.CHECKS, "causal_conv1d", (op, doctor.convolution_inputs))
-    monkeypatch.setattr(sys, "argv", ["doctor"])
     assert doctor.main() == 1
     out = capsys.readouterr().out
     assert "PASS selective_scan on cpu" in out

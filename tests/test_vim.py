@@ -31,6 +31,7 @@ OPTIONS = {
     "shared": dict(directions="shared", merge="sum", layer_scale=0.1),
     "forward": dict(directions="forward", norm_layer="layernorm", residual_in_fp32=False),
     "pairs": dict(directions="forward", paired_blocks=True, class_token=None, global_pool="avg", rope=True),
+    "pairs_of_two_ways": dict(paired_blocks=True),
     "no_positions": dict(pos_embed=False, d_state=4, d_conv=3, expand=1, dt_rank=3),
 }
 
@@ -274,6 +275,15 @@ def test_published_initialisation():
     assert (mixer.D == 1).all()
 
 
+@pytest.mark.parametrize("directions", ["bidirectional", "shared", "forward"])
+def test_flipped_mixer_is_the_mixer_on_flipped_tokens(directions):
+    mixer, flipped = MambaMixer(16, directions=directions), MambaMixer(16, directions=directions, flipped=True)
+    flipped.load_state_dict(mixer.state_dict())
+    tokens = torch.randn(2, 9, 16)
+    torch.testing.assert_close(flipped(tokens), mixer(tokens.flip(1)).flip(1))
+    assert (flipped(tokens) - mixer(tokens)).abs().max() > 1e-4
+
+
 def test_weight_decay_and_layer_decay_groups():
     model = make()
     names = {name for name, _ in model.named_parameters()}
@@ -297,7 +307,7 @@ def test_weight_decay_and_layer_decay_groups():
         (dict(merge="max"), "merge='max'"),
         (dict(norm_layer="bn"), "norm_layer='bn'"),
         (dict(rope=True, embed_dim=30), "divisible by 4"),
-        (dict(paired_blocks=True), "paired_blocks"),
+        (dict(paired_blocks=True, depth=3), "even depth, got 3"),
         (dict(img_size=4, pad_input=False), "no room for a patch"),
     ],
 )

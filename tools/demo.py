@@ -23,7 +23,7 @@ from zoo.plots import plot_confusion, plot_curves, plot_images
 
 RECIPES = {"digits": "vim/micro_digits", "fashion_mnist": "vim/nano_fashion_mnist"}
 SHORT = {
-    "digits": ["optim.epochs=3", "optim.warmup_epochs=1"],
+    "digits": ["optim.epochs=4", "optim.warmup_epochs=1", "model.kwargs.depth=2"],
     "fashion_mnist": [
         "optim.epochs=2",
         "optim.warmup_epochs=1",

@@ -15,15 +15,10 @@ from zoo.kernels import causal_conv1d, selective_scan
 
 __all__ = ["Directions", "MambaMixer", "Merge"]
 
-Directions = Literal["bidirectional", "shared", "forward", "backward"]
+Directions = Literal["bidirectional", "shared", "forward"]
 Merge = Literal["mean", "sum"]
 
-REVERSE = {
-    "bidirectional": (False, True),
-    "shared": (False, True),
-    "forward": (False,),
-    "backward": (True,),
-}
+REVERSE = {"bidirectional": (False, True), "shared": (False, True), "forward": (False,)}
 
 # FX and timm's feature extraction see the two kernels as single nodes.
 torch.fx.wrap("causal_conv1d")
@@ -46,7 +41,8 @@ class MambaMixer(nn.Module):
         dt_rank: Rank R of the step projection; default ceil(dim / 16).
         directions: ``"bidirectional"`` scans forwards and backwards, each direction with its own parameters (Vim v2);
             ``"shared"`` convolves forwards once and scans the result both ways, with only A of its own (Vim v1);
-            ``"forward"`` and ``"backward"`` scan once.
+            ``"forward"`` scans once.
+        flipped: Whether the mixer reads the sequence from its end, as if the tokens were flipped around it.
         merge: Whether the directions' outputs are averaged or added.
         layer_scale: Initial value of a learned factor per channel on the output; default none.
 
@@ -62,6 +58,7 @@ class MambaMixer(nn.Module):
         expand: int = 2,
         dt_rank: int | None = None,
         directions: Directions = "bidirectional",
+        flipped: bool = False,
         merge: Merge = "mean",
         layer_scale: float | None = None,
         device: torch.device | str | None = None,
@@ -75,7 +72,7 @@ class MambaMixer(nn.Module):
             raise ValueError(f"merge={merge!r} is not known; use one of {', '.join(get_args(Merge))}")
         inner = expand * dim
         rank = dt_rank or math.ceil(dim / 16)
-        self.reverse = REVERSE[directions]
+        self.reverse = tuple(backwards != flipped for backwards in REVERSE[directions])
         paths = len(self.reverse)  # K
         sets = 1 if directions == "shared" else paths  # P
         self.conv_reverse = self.reverse[:sets]

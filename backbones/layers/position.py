@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from timm.layers import build_rotary_pos_embed, resample_abs_pos_embed
+import torch.nn.functional as F
+from timm.layers import build_rotary_pos_embed
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
@@ -31,9 +32,10 @@ def resample_pos_embed(
     if not torch.compiler.is_exporting() and tuple(old_grid) == tuple(new_grid):
         return pos_embed
     patches, class_rows = split_class_tokens(pos_embed, class_token)
-    patches = resample_abs_pos_embed(
-        patches, new_size=list(new_grid), old_size=list(old_grid), num_prefix_tokens=0, antialias=False
-    )
+    dtype = torch.promote_types(pos_embed.dtype, torch.float32)  # 16 bits are too coarse to interpolate
+    image = patches.unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2).to(dtype)  # (1, D, old H, old W)
+    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", align_corners=False)
+    patches = image.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, H * W, D)
     return insert_class_tokens(patches, class_rows, class_token)
 
 

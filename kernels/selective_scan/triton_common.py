@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["LOG2E", "UNROLL", "block_shape", "device_guard", "rows", "softplus", "states_first", "token_at"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
-UNROLL = 4  # steps whose loads are in flight together; the backward keeps that many states in registers
+UNROLL = 2  # steps whose loads are in flight together; the backward keeps that many states in registers
 
 
 @triton.jit
