@@ -702,10 +702,12 @@ default_cfgs = generate_default_cfgs(
         ),
         # The authors name no file for Vim-B; load a copy with create_model(..., checkpoint_path=...).
         "vim_base_patch16_224": _cfg(),
+        "vim_nano.untrained*": _small_cfg(),
         "vim_nano.fashion_mnist": _small_cfg(
             **packaged_weights("vim_nano.fashion_mnist"),
-            mean=(0.2860, 0.2860, 0.2860),
-            std=(0.3530, 0.3530, 0.3530),
+            input_size=(1, 28, 28),
+            mean=(0.286,),
+            std=(0.353,),
         ),
         "vim_micro": _small_cfg(),
     }
@@ -760,13 +762,13 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba
 
 @register_model
 def vim_nano(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Ours, for 32-pixel images: 2.8M parameters."""
-    model_args = dict(img_size=32, patch_size=4, embed_dim=192, depth=10, class_token=None, global_pool="avg")
+    """Ours, for 32-pixel images in 256 patches: 2.8M parameters."""
+    model_args = dict(patch_size=2, embed_dim=192, depth=10, class_token=None, global_pool="avg")
     return _create_vim("vim_nano", pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vim_micro(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Ours, for 32-pixel images: 0.7M parameters."""
-    model_args = dict(img_size=32, patch_size=4, embed_dim=96, depth=8, class_token=None, global_pool="avg")
+    """Ours, for 32-pixel images in 64 patches: 0.7M parameters."""
+    model_args = dict(patch_size=4, embed_dim=96, depth=8, class_token=None, global_pool="avg")
     return _create_vim("vim_micro", pretrained=pretrained, **dict(model_args, **kwargs))

@@ -125,7 +125,7 @@ def test_equals_conv1d(backend, device, name):
     assert_close(run_op(case, inputs, backend), run_conv1d(case, inputs), 1e-12)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("name", ["two_directions", "own_inputs", "linear"])
 def test_only_the_result_is_rounded(name, dtype, tolerance, device):
     """The gradients of float32 parameters are exact to float32 although x and the gradient of out are narrower."""
@@ -144,7 +144,7 @@ def test_only_the_result_is_rounded(name, dtype, tolerance, device):
     names = ("out", "x", "weight", "bias")
     got, expected = (dict(zip(names, values, strict=True)) for values in ((out, *grads), (exact_out, *exact_grads)))
     assert_close({n: got[n] for n in names[:2]}, {n: expected[n] for n in names[:2]}, tolerance)
-    assert_close({n: got[n] for n in names[2:]}, {n: expected[n] for n in names[2:]}, 1e-6)
+    assert_close({n: got[n] for n in names[2:]}, {n: expected[n] for n in names[2:]}, 3e-6)
 
 
 @pytest.mark.interpreted
@@ -172,7 +172,7 @@ def test_autocast_does_not_narrow_the_sums(device):
     with torch.autocast(device.type, torch.bfloat16):
         got = run_op(case, inputs)
     assert got["out"].dtype == torch.float32
-    assert_close(got, run_conv1d(case, inputs), 1e-6)
+    assert_close(got, run_conv1d(case, inputs), 3e-6)
 
 
 def test_any_strides_are_read_in_place_or_copied(device):

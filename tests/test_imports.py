@@ -121,7 +121,12 @@ def violations(source: str, text: str) -> list[str]:
             problems.append(f"{where}: {layer.folder}/ must not import {top}")
         outside = not within(module, module_name(source).rpartition(".")[0])
         private = [part for part in (*module.split("."), imported.name) if part.startswith("_") and part[1:2] != "_"]
-        if top == "zoo" and private and outside and not (layer.folder == "kernels" and private == ["_backend"]):
+        if (
+            top == "zoo"
+            and private
+            and outside
+            and not (layer.folder == "kernels" and private[0] in ("_backend", "_triton"))
+        ):
             problems.append(f"{where}: {private[0]} is private to {module}")
     return problems
 

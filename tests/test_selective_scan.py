@@ -193,6 +193,18 @@ def test_gradients_are_bit_equal_in_two_runs(device):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.parametrize(
+    "backend_name, device",
+    [("cpu", "cpu"), ("reference", "cpu"), pytest.param("auto", *GPU.values, marks=pytest.mark.gpu)],
+)
+def test_autocast_does_not_narrow_the_sums(backend_name, device):
+    case = CASES["bidirectional"]
+    inputs, cotangents = case.inputs(torch.float32, device), cotangents_for(case, device)
+    with torch.autocast(device, torch.bfloat16):
+        got = run_op(case, inputs, cotangents, backend_name)
+    assert_close(got, run_reference(case, inputs, cotangents), 1e-5)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_reverse_is_a_flipped_sequence(device):
     x = CASES["chunks"].inputs(torch.float32, device)

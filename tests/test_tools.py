@@ -83,7 +83,7 @@ def test_predict_writes_a_table_and_a_sheet(run, scans, tmp_path, capsys, caplog
     assert all(row["true"] in row["file"] and 0.1 <= float(row["probability"]) <= 1 for row in rows)
     right = sum(row["predicted"] == row["true"] for row in rows)
     assert right > 18
-    assert f"{right} of 30" in capsys.readouterr().out
+    assert f"{right} of the 30" in capsys.readouterr().out
     assert is_picture(tmp_path / "out" / "predictions.png")
 
 
@@ -125,3 +125,10 @@ def test_pictures_of_any_size(tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     plot_images([picture], ["unknown"], [None], tmp_path / "images.png", "one")
     assert all(is_picture(tmp_path / f"{name}.png") for name in ("curves", "confusion", "images"))
+
+
+def test_missing_run_is_said_to_be_missing(tmp_path, capsys):
+    assert validate.main([str(tmp_path / "no_run")]) == 1
+    assert "there is no run and no weight file at" in capsys.readouterr().err
+    assert validate.main(["vim_mikro"]) == 1
+    assert "vim_micro" in capsys.readouterr().err

@@ -23,13 +23,15 @@ from zoo.plots import plot_confusion, plot_curves, plot_images
 
 RECIPES = {"digits": "vim/micro_digits", "fashion_mnist": "vim/nano_fashion_mnist"}
 SHORT = {
-    "digits": ["optim.epochs=4", "optim.warmup_epochs=1", "model.kwargs.depth=2"],
+    "digits": ["optim.epochs=4", "optim.warmup_epochs=1"],
     "fashion_mnist": [
         "optim.epochs=2",
         "optim.warmup_epochs=1",
         "data.train_samples=512",
         "data.val_samples=256",
         "data.batch_size=32",
+        "model.kwargs.patch_size=4",
+        "model.kwargs.embed_dim=64",
         "model.kwargs.depth=2",
     ],
 }
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     output = Path(options.output or f"runs/demo_{options.data}")
     output = output / "short" if options.short else output
+    if options.data == "digits":
+        torch.set_num_threads(1)  # batches so small gain nothing from more threads, and lose a lot on a busy machine
     try:
         overrides = [f"output={output}", "resume=auto", *(SHORT[options.data] if options.short else [])]
         if not torch.cuda.is_available():

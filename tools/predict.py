@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = [prediction for prediction in predictions if prediction.truth is not None]
         summary = f"{card.model}: {len(predictions)} images"
         if known:
-            summary += f", {sum(prediction.correct for prediction in known)} of {len(known)} with a known class right"
+            right = sum(prediction.correct for prediction in known)
+            summary += f", {right} of the {len(known)} with a known class are right"
         shown = predictions[: options.shown]
         mode = "L" if card.preprocessing.in_chans == 1 else "RGB"
         plot_images(

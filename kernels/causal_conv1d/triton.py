@@ -14,13 +14,12 @@ adds up their gradients of x. Gradients of weight and bias are summed along the 
 slot of a buffer, which is added up afterwards: no atomics, so every call gives the same bits.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels._triton import contiguous_channels, device_guard
 from zoo.kernels.causal_conv1d.op import accumulate_dtype
 
 __all__ = ["backward", "forward"]
@@ -191,15 +190,6 @@ def _run_length(L: int, target: int) -> int:
     return triton.cdiv(L, max(1, round(L / target)))
 
 
-def _device_guard(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes ``device`` the current one: Triton launches on the current device, wherever the tensors are."""
-    return torch.get_device_module(device).device(device) if device.type != "cpu" else contextlib.nullcontext()
-
-
-def _contiguous_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _path_stride(x: Tensor) -> int:
     """Elements between the inputs of two paths, 0 where all paths read the same."""
     return x.stride(1) if x.shape[1] > 1 else 0
@@ -222,12 +212,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse:
     """Outputs (K, B, L, D) in x's dtype from canonical inputs (see ``op.py``)."""
     batch, _, L, D = x.shape
     K = weight.shape[0]
-    x, taps = _contiguous_channels(x), weight.contiguous()
+    x, taps = contiguous_channels(x), weight.contiguous()
     shifts = None if bias is None else bias.contiguous()
     out = x.new_empty(K, batch, L, D)
     run_length = _run_length(L, FORWARD_RUN)
     grid = (K * batch * triton.cdiv(L, run_length) * triton.cdiv(D, BLOCK_D),)
-    with _device_guard(x.device):
+    with device_guard(x.device):
         _forward_kernel[grid](
             x, taps, shifts, out, batch, L, D, x.stride(0), _path_stride(x), x.stride(2), run_length,
             **_options(x, weight, bias, silu, reverse), num_warps=1,
@@ -241,7 +231,7 @@ def backward(
     """Gradients of x, weight and, if given, bias."""
     batch, paths_x, L, D = x.shape
     K, _, W = weight.shape
-    x, grad_out, taps = _contiguous_channels(x), _contiguous_channels(grad_out), weight.contiguous()
+    x, grad_out, taps = contiguous_channels(x), contiguous_channels(grad_out), weight.contiguous()
     shifts = None if bias is None else bias.contiguous()
     run_length = _run_length(L, BACKWARD_RUN)
     runs = batch * triton.cdiv(L, run_length)
@@ -249,7 +239,7 @@ def backward(
     sums = x.new_empty(runs, K, W + 1, D, dtype=accumulate_dtype(x))
     # The state of every path walked together is in registers: the more paths, the fewer channels for a lane.
     num_warps = min(4, triton.next_power_of_2(K)) if paths_x == 1 else 1
-    with _device_guard(x.device):
+    with device_guard(x.device):
         _backward_kernel[(paths_x * runs * triton.cdiv(D, BLOCK_D),)](
             grad_out, x, taps, shifts, d_x, sums, L, D, grad_out.stride(0), grad_out.stride(1), grad_out.stride(2),
             x.stride(0), _path_stride(x), x.stride(2), run_length, SHARED=paths_x == 1,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.selective_scan.op import CHUNK, accumulate_dtype, num_chunks, path_length
+from zoo.kernels.selective_scan.op import CHUNK, accumulate_dtype, num_chunks, path_length, without_autocast
 
 __all__ = ["backward", "forward"]
 
@@ -116,6 +116,7 @@ def _of_path(x: Tensor | None, k: int, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x[k].to(dtype)
 
 
+@without_autocast
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -165,6 +166,7 @@ def forward(
     return merged.to(u.dtype), last_state.transpose(2, 3), states
 
 
+@without_autocast
 def backward(
     grad_out: Tensor,
     grad_last_state: Tensor | None,

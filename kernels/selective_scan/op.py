@@ -8,7 +8,9 @@ Besides output and last state the op returns the states at chunk boundaries, (B,
 backward needs to recompute the others. They are empty unless ``save_states`` is set.
 """
 
+import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -34,6 +36,17 @@ def path_length(u: Tensor, paths: Tensor | None) -> int:
 def num_chunks(steps: int) -> int:
     """Chunks a path of that many steps is cut into; each starts from a saved state."""
     return (steps + CHUNK - 1) // CHUNK
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Decorates a backend written in torch code: inside ``torch.autocast`` its sums would run in 16 bits."""
+
+    @functools.wraps(function)
+    def guarded(*args, **kwargs):
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return guarded
 
 
 def _implementation(device: torch.device) -> ModuleType:
@@ -136,10 +149,9 @@ def selective_scan_op(
     check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse)
     if paths is not None and not paths.is_cuda:  # reading a GPU's table would stall it
         _check_tokens(paths, u.shape[2])
-    with torch.autocast(u.device.type, enabled=False):  # would run the implementation's sums in 16 bits
-        return _implementation(u.device).forward(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, save_states
-        )
+    return _implementation(u.device).forward(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, save_states
+    )
 
 
 @selective_scan_op.register_fake
@@ -175,24 +187,10 @@ def selective_scan_backward_op(
     reverse: list[bool],
 ) -> list[Tensor]:
     """Gradients of u, delta, A, B, C, then of D, z, delta_bias and initial_state as far as they were given."""
-    with torch.autocast(u.device.type, enabled=False):
-        return _implementation(u.device).backward(
-            grad_out,
-            grad_last_state,
-            states,
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D,
-            z,
-            delta_bias,
-            initial_state,
-            paths,
-            delta_softplus,
-            reverse,
-        )
+    return _implementation(u.device).backward(
+        grad_out, grad_last_state, states,
+        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse,
+    )  # fmt: skip
 
 
 @selective_scan_backward_op.register_fake

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.selective_scan.op import accumulate_dtype, num_chunks, path_length
+from zoo.kernels.selective_scan.op import accumulate_dtype, num_chunks, path_length, without_autocast
 
 __all__ = ["backward", "forward", "selective_scan_reference"]
 
@@ -78,6 +78,7 @@ def selective_scan_reference(
     return merged.to(u.dtype), torch.stack(last_states, dim=1)
 
 
+@without_autocast
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -102,6 +103,7 @@ def forward(
     return out, last_state, last_state.new_zeros(u.shape[0], A.shape[0], chunks, A.shape[2], A.shape[1])
 
 
+@without_autocast
 def backward(
     grad_out: Tensor,
     grad_last_state: Tensor | None,

@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels._triton import contiguous_channels, device_guard
 from zoo.kernels.selective_scan.op import CHUNK, accumulate_dtype, num_chunks, path_length
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     UNROLL,
     block_shape,
-    device_guard,
-    rows,
     softplus,
     states_first,
     token_at,
@@ -246,11 +245,17 @@ def backward(
 
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     gate_input = z
-    u, delta, B, C, grad_out = rows(u), rows(delta), rows(B), rows(C), rows(grad_out)
-    z = None if z is None else rows(z)
+    u, delta, B, C, grad_out = (
+        contiguous_channels(u),
+        contiguous_channels(delta),
+        contiguous_channels(B),
+        contiguous_channels(C),
+        contiguous_channels(grad_out),
+    )
+    z = None if z is None else contiguous_channels(z)
     A, grad_last_state = states_first(A), states_first(grad_last_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
-    with device_guard(u):
+    with device_guard(u.device):
         selective_scan_bwd_kernel[(groups * blocks, batch)](
             u, delta, A, B, C, D, z, delta_bias, paths, states, grad_out, grad_last_state,
             du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, du_sum, y_sum, scratch,

@@ -1,13 +1,10 @@
 """What the forward and the backward Triton kernel of the selective scan share."""
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LOG2E", "UNROLL", "block_shape", "device_guard", "rows", "softplus", "states_first", "token_at"]
+__all__ = ["LOG2E", "UNROLL", "block_shape", "softplus", "states_first", "token_at"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNROLL = 2  # steps whose loads are in flight together; the backward keeps that many states in registers
@@ -45,16 +42,6 @@ def block_shape(channels: int, N: int) -> tuple[int, int, int]:
     return block_n, 32, max(1, block_n // 16)
 
 
-def rows(x: Tensor) -> Tensor:
-    """The tensor itself if its last dimension is contiguous, which is all the kernels ask for, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def states_first(x: Tensor | None) -> Tensor | None:
     """(..., D, N) with the states before the channels in memory: (..., N, D)."""
     return None if x is None else x.transpose(-2, -1).contiguous()
-
-
-def device_guard(x: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU the current one, where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels._triton import contiguous_channels, device_guard
 from zoo.kernels.selective_scan.op import CHUNK, accumulate_dtype, num_chunks, path_length
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     UNROLL,
     block_shape,
-    device_guard,
-    rows,
     softplus,
     states_first,
     token_at,
@@ -151,13 +150,13 @@ def forward(
         allocate = torch.empty if paths is None else torch.zeros  # a table need not visit every token
         merged = allocate(batch, L, channels, dtype=dtype, device=u.device)
 
-    u, delta, B, C = rows(u), rows(delta), rows(B), rows(C)
-    z_rows = None if z is None else rows(z)
+    u, delta, B, C = contiguous_channels(u), contiguous_channels(delta), contiguous_channels(B), contiguous_channels(C)
+    z_rows = None if z is None else contiguous_channels(z)
     A, initial_state = states_first(A), states_first(initial_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
     block_n, block_d, warps = block_shape(channels // groups, N)
     grid = (groups * triton.cdiv(channels // groups, block_d), batch)
-    with device_guard(u):
+    with device_guard(u.device):
         selective_scan_fwd_kernel[grid](
             u, delta, A, B, C, D, z_rows, delta_bias, initial_state, paths, out, merged, last_state, states,
             L, steps, K, channels, channels, channels // groups, sum(1 << k for k in range(K) if reverse[k]), chunks,

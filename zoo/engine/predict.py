@@ -54,11 +54,13 @@ def load_any(
         device: Where the model goes.
 
     Raises:
-        FileNotFoundError: If a run's folder holds no weights.
-        ValueError: If there is no such file or model, or the weights do not fit.
+        FileNotFoundError: If a path leads nowhere, or a run's folder holds no weights.
+        ValueError: If there is no such model, or the weights do not fit.
     """
     if Path(name).exists():
         return load_trained(name, device)
+    if Path(name).suffix == ".safetensors" or ("/" in name and ":" not in name):  # names of models have no slash
+        raise FileNotFoundError(f"there is no run and no weight file at {name}")
     source = {"checkpoint_path": checkpoint} if checkpoint else {"pretrained": True}
     model = zoo.create_model(name, **source).to(device).eval()
     labels = range(model.num_classes)
