@@ -11,6 +11,8 @@ import torch
 
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+torch.set_num_threads(1)  # one test process per core (pytest -n) is fast; threads that wait for each other are not
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for processes that tests start
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, by a test
 

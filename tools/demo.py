@@ -1,6 +1,6 @@
 """Trains a Vision Mamba on real images and draws what it learned.
 
-    python -m zoo.tools.demo                                        1,797 scans of digits, a minute or two on a CPU
+    python -m zoo.tools.demo                                        1,797 scans of digits, about a minute on a CPU
     python -m zoo.tools.demo --data fashion_mnist                   70,000 photographs of clothing, better on a GPU
     python -m zoo.tools.demo --short                                a few epochs, to see that everything works
 

@@ -1,0 +1,26 @@
+"""Local scan of LocalMamba (arXiv 2403.09338, figure 3): window after window, row by row inside each."""
+
+import torch
+from torch import Tensor
+
+from zoo.backbones.scans.registry import register_scan
+
+__all__ = ["window"]
+
+
+@register_scan("window")
+def window(H: int, W: int, size: int = 7) -> Tensor:
+    """One path, (1, cells of the grid padded to whole windows).
+
+    The grid is padded at the bottom and right; padding cells are zero tokens that are stepped, as published.
+
+    Raises:
+        ValueError: If ``size`` is less than 1.
+    """
+    if size < 1:
+        raise ValueError(f"window scan: size must be at least 1, got {size}")
+    rows, columns = -(-H // size), -(-W // size)
+    padded = torch.full((rows * size, columns * size), -1)
+    padded[:H, :W] = torch.arange(H * W).view(H, W)
+    windows = padded.view(rows, size, columns, size).transpose(1, 2)  # (rows, columns, size, size)
+    return windows.reshape(1, -1)
