@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -209,8 +210,18 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, str]:
         dtype=str(dtype).removeprefix("torch."),
         backend=str(backend(device)),
         zoo=zoo.__version__,
+        commit=_commit(),
         torch=torch.__version__,
     )
+
+
+def _commit() -> str:
+    """The source tree's commit; unknown in an installed package."""
+    command = ["git", "-C", str(Path(zoo.__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", help="folder of a run, .safetensors file of a run, or name of a model")
     parser.add_argument("images", nargs="+", help="image files, folders, or quoted patterns")
-    parser.add_argument("--output", default="predictions", help="folder for the results; default predictions")
+    parser.add_argument("--output", default="runs/predictions", help="folder for the results; default %(default)s")
     parser.add_argument("--checkpoint", help="weights for a model name; default the published ones")
     parser.add_argument("--img-size", type=int, help="side of the images in pixels, for a model name")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time; default 64")
