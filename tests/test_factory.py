@@ -243,3 +243,19 @@ def test_local_directory_round_trip(tmp_path):
     restored = zoo.create_model(f"local-dir:{tmp_path}", pretrained=True)
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(restored(images), model(images))
+
+
+def test_packaged_weights_give_the_recorded_logits(monkeypatch):
+    """Fashion-MNIST's Vim loads without a network and computes what it did when it was added."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = zoo.create_model("vim_nano.fashion_mnist", pretrained=True).eval()
+    assert model.patch_embed.grid_size == (14, 14) and model.in_chans == 1
+    image = torch.linspace(-0.8, 2.0, 28 * 28).view(1, 1, 28, 28)
+    with torch.inference_mode():
+        logits = model(image)
+    torch.testing.assert_close(
+        logits,
+        torch.tensor([[-0.2076, -0.1650, -0.5552, -0.2159, -0.6290, -0.2432, -0.4596, -0.5211, 4.3859, -0.5345]]),
+        rtol=1e-3,
+        atol=1e-3,
+    )

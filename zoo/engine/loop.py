@@ -71,6 +71,8 @@ def train(config: TrainConfig) -> TrainResult:
         gradient_accumulation_steps=config.optim.grad_accum,
     )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    if device.type == "cpu" and config.precision != "fp32":
+        _logger.warning("precision=%s is emulated on most CPUs and many times slower than fp32", config.precision)
     output = Path(config.output)
     checkpoint = find_start(config)
     if accelerator.is_main_process:

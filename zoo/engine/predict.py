@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import nn
 
 import zoo
@@ -79,7 +78,7 @@ def find_images(inputs: Sequence[str], bad_files: str = "skip") -> list[Path]:
     """Finds image files and checks that they can be read.
 
     Args:
-        inputs: Files, folders (searched to the bottom for image files) and glob patterns such as ``shop/**/*.jpg``.
+        inputs: Files, folders (searched to the bottom) and glob patterns such as ``shop/**/*.jpg``.
         bad_files: ``skip`` reports unreadable images and leaves them out, ``error`` raises.
 
     Returns:
@@ -89,12 +88,11 @@ def find_images(inputs: Sequence[str], bad_files: str = "skip") -> list[Path]:
         FileNotFoundError: If an input matches nothing.
         ValueError: If an image cannot be read under ``error``, or none can.
     """
-    extensions = get_img_extensions(as_set=True)
     found: dict[Path, None] = {}  # an ordered set
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in extensions]
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         elif path.is_file():
             files = [path]
         else:
