@@ -31,6 +31,7 @@ class Case:
     shared_u: bool = False
     table: bool = False
     softplus: bool = True
+    window: int = 1
     optional: tuple[str, ...] = ("D", "z", "delta_bias")
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0, scale: float = 1.0) -> dict[str, Tensor | None]:
@@ -87,9 +88,18 @@ CASES = {
     "one_table": Case(1, 20, 4, 2, table=True, optional=("z",)),
     "bare": Case(1, 9, 4, 1, K=3, G=2, shared_u=True, softplus=False, optional=()),
     "group_per_channel": Case(1, 9, 8, 4, G=8, optional=("D", "initial_state")),
+    "window": Case(1, CHUNK + 13, 6, 3, K=2, window=8, optional=("D", "z", "delta_bias", "initial_state")),
+    "window_table": Case(2, 21, 5, 4, K=2, G=5, table=True, window=4, optional=("D", "z", "delta_bias")),
     "one_token": Case(1, 1, 3, 2, optional=("D",)),
 }
-INTERPRETED = ("plain", "bidirectional", "table", "one_table", "bare")  # the interpreter takes seconds a case
+INTERPRETED = (
+    "window_table",
+    "plain",
+    "bidirectional",
+    "table",
+    "one_table",
+    "bare",
+)  # the interpreter takes seconds a case
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", GPU]
@@ -100,7 +110,12 @@ def run_op(case: Case, inputs: dict, cotangents: tuple[Tensor, Tensor], backend_
     given = {name: x for name, x in inputs.items() if x is not None}
     with use_backend(backend_name):
         out, last_state, _ = torch.ops.zoo.selective_scan(
-            *(inputs[name] for name in NAMES), case.paths(str(inputs["u"].device)), case.softplus, case.reverse, True
+            *(inputs[name] for name in NAMES),
+            case.paths(str(inputs["u"].device)),
+            case.softplus,
+            case.reverse,
+            case.window,
+            True,
         )
         loss = (out.double() * cotangents[0]).sum() + (last_state.double() * cotangents[1]).sum()
         grads = torch.autograd.grad(loss, list(given.values()))
@@ -112,7 +127,7 @@ def run_reference(case: Case, inputs: dict, cotangents: tuple[Tensor, Tensor]) -
     exact = {n: None if x is None else x.detach().double().requires_grad_() for n, x in inputs.items()}
     given = {name: x for name, x in exact.items() if x is not None}
     out, last_state = selective_scan_reference(
-        *(exact[name] for name in NAMES), case.paths(str(inputs["u"].device)), case.softplus, case.reverse
+        *(exact[name] for name in NAMES), case.paths(str(inputs["u"].device)), case.softplus, case.reverse, case.window
     )
     loss = (out * cotangents[0]).sum() + (last_state * cotangents[1]).sum()
     grads = torch.autograd.grad(loss, list(given.values()))
@@ -298,7 +313,7 @@ def test_drop_in_accepts_every_rank_of_B_and_C(B_rank, C_rank):
 def test_opcheck(device, case_name):
     case = CASES[case_name]
     inputs = case.inputs(torch.float32, device)
-    args = (*(inputs[name] for name in NAMES), case.paths(device), case.softplus, case.reverse, True)
+    args = (*(inputs[name] for name in NAMES), case.paths(device), case.softplus, case.reverse, case.window, True)
     torch.library.opcheck(torch.ops.zoo.selective_scan.default, args)
 
 
@@ -359,6 +374,7 @@ def good_inputs() -> dict:
         (dict(B=torch.randn(2, 7, 3, 3), C=torch.randn(2, 7, 3, 3)), r"4 channels do not divide into 3 groups"),
         (dict(paths=torch.zeros(7)), r"int32 or int64 table"),
         (dict(paths=torch.full((7,), 7)), r"paths names token 7"),
+        (dict(window=5), r"window must be one of 1, 2, 4, 8, 16, 32, got 5"),
         (dict(reverse=[True, False]), r"reverse has 2 flags for 1 path"),
         (dict(z=torch.empty(2, 7, 4, device="meta")), r"z is on meta but u is on cpu"),
         (

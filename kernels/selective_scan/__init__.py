@@ -8,6 +8,9 @@ algorithm 2 (zero-order hold for A, Euler for B). For every batch element, path,
     y_t   = sum_n C_t[n] * h_t[n] + D * u_t
     out_t = silu(z_t) * sum over paths of y_t
 
+With a window of W > 1 steps (LBMamba, arXiv 2506.15976) every token also receives, from the later tokens of its window,
+``r_t = exp(step_t * A) * (r_{t+1} + step_{t+1} * B_{t+1} * u_{t+1})``, and C_t reads ``h_t + r_t``.
+
 Activations are channels-last. State, softplus and exponentials are float32 whatever the inputs are (float64 for
 float64 inputs).
 """
@@ -35,6 +38,7 @@ def selective_scan(
     delta_softplus: bool = False,
     paths: Tensor | None = None,
     reverse: bool | Sequence[bool] = False,
+    window: int = 1,
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -54,9 +58,12 @@ def selective_scan(
         delta_bias: Added to delta, (D,).
         delta_softplus: Whether steps are ``softplus(delta + delta_bias)``.
         paths: Integer table (1, P) or (P,): the token read and written at step p. -1 is a zero token that is stepped
-            all the same (it decays the state); -2 is not stepped. A path visits a token at most once. Default:
-            the tokens in order.
+            all the same (it decays the state); -2 fills up a path shorter than the table. A path visits a token at
+            most once. Default: the tokens in order.
         reverse: Whether the path is walked from its end to its beginning.
+        window: Steps of a locally bidirectional window (LBMamba, arXiv 2506.15976): a token also sees the later tokens
+            of its window, through the same decays. 1, a plain scan, to 32, powers of two. Windows start at the first
+            step of the path; the last one may be shorter. The last state is that of the plain scan.
         initial_state: State before the first step, (B, D, N). Default zeros.
         return_last_state: Whether to return the state after the last step too.
 
@@ -98,7 +105,7 @@ def selective_scan(
     reverse = [reverse] * A.shape[0] if isinstance(reverse, bool) else list(reverse)
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out, last_state, _ = torch.ops.zoo.selective_scan(*inputs, paths, delta_softplus, reverse, needs_grad)
+    out, last_state, _ = torch.ops.zoo.selective_scan(*inputs, paths, delta_softplus, reverse, window, needs_grad)
     if not return_last_state:
         return out
     return out, (last_state if several else last_state.squeeze(1))
@@ -115,6 +122,8 @@ def selective_scan_fn(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    *,
+    window: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Drop-in for ``mamba_ssm.ops.selective_scan_interface.selective_scan_fn`` (real A), channels before tokens.
 
@@ -129,6 +138,7 @@ def selective_scan_fn(
         delta_bias: Added to delta, (D,).
         delta_softplus: Whether steps are ``softplus(delta + delta_bias)``.
         return_last_state: Whether to return the state after the last token too.
+        window: Our addition, as in :func:`selective_scan`.
 
     Returns:
         Output (B, D, L); with ``return_last_state`` also the last state (B, D, N).
@@ -155,6 +165,7 @@ def selective_scan_fn(
         None if z is None else z.transpose(1, 2),
         delta_bias,
         delta_softplus=delta_softplus,
+        window=window,
         return_last_state=return_last_state,
     )
     if return_last_state:

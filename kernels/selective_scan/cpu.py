@@ -62,7 +62,7 @@ class _Walk:
 class _Chunk:
     """Inputs of one path at the steps of one chunk and its states h_0 .. h_c, all (c, B, ...)."""
 
-    def __init__(self, walk, steps, u, delta, A, B, C, delta_bias, delta_softplus, h, buffers, decays) -> None:
+    def __init__(self, walk, steps, u, delta, A, B, C, delta_bias, delta_softplus, h, window, buffers, decays) -> None:
         dtype = h.dtype
         self.u = walk.read(u, steps, dtype)  # (c, B, D)
         self.B = walk.read(B, steps, dtype)  # (c, B, G, N)
@@ -81,13 +81,43 @@ class _Chunk:
             _as_states(self.B),
             out=_by_group(self.states[1:], groups),
         )
+        self.received = self._from_later_steps(window) if window > 1 else None  # (c, B, N, D)
         for t in range(count):
             self.states[t + 1].addcmul_(self.decay[t], self.states[t])
 
+    def _from_later_steps(self, window: int) -> Tensor:
+        """What every step receives from the later ones of its window; the states still hold the steps' inputs."""
+        inputs = self.states[1:]
+        received = torch.zeros_like(inputs)
+        for t in range(len(inputs) - 2, -1, -1):
+            if (t + 1) % window:
+                torch.add(inputs[t + 1], received[t + 1], out=received[t]).mul_(self.decay[t])
+        return received
+
+    @property
+    def seen(self) -> Tensor:
+        """What C reads, (c, B, N, D)."""
+        return self.states[1:] if self.received is None else self.states[1:] + self.received
+
     def output(self, D: Tensor | None) -> Tensor:
         """C h + D u, (c, B, D)."""
-        y = _contract_states(self.C, self.states[1:])
+        y = _contract_states(self.C, self.seen)
         return y if D is None else y.addcmul_(self.u, D)
+
+
+def _to_later_steps(g: Tensor, decay: Tensor, window: int) -> Tensor:
+    """Gradient that every step's input gets from the earlier outputs of its window, (c, B, N, D).
+
+    Args:
+        g: C dy of every step, (c, B, N, D).
+        decay: Decay of every step, (c, B, N, D).
+        window: Steps of a window.
+    """
+    handed = torch.zeros_like(g)
+    for t in range(1, len(g)):
+        if t % window:
+            torch.add(g[t - 1], handed[t - 1], out=handed[t]).mul_(decay[t - 1])
+    return handed
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -130,6 +160,7 @@ def forward(
     paths: Tensor | None,
     delta_softplus: bool,
     reverse: list[bool],
+    window: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, L, D), last state (B, K, D, N) and chunk-boundary states (B, K, chunks, N, D)."""
@@ -155,7 +186,7 @@ def forward(
                 states[:, k, number] = h
             chunk = _Chunk(
                 walk, steps, u[:, min(k, shared - 1)], delta[:, k], A_k, B[:, k], C[:, k],
-                bias_k, delta_softplus, h, buffers, decays,
+                bias_k, delta_softplus, h, window, buffers, decays,
             )  # fmt: skip
             walk.add(merged, chunk.output(D_k), steps)
             h.copy_(chunk.states[-1])
@@ -183,6 +214,7 @@ def backward(
     paths: Tensor | None,
     delta_softplus: bool,
     reverse: list[bool],
+    window: int,
 ) -> list[Tensor]:
     """Gradients of the tensors given, in argument order.
 
@@ -215,7 +247,7 @@ def backward(
         for number, steps in walk.chunks(backwards=True):
             chunk = _Chunk(
                 walk, steps, u[:, min(k, shared - 1)], delta[:, k], A_k, B[:, k], C[:, k],
-                bias_k, delta_softplus, states[:, k, number], buffers, decays,
+                bias_k, delta_softplus, states[:, k, number], window, buffers, decays,
             )  # fmt: skip
             count = chunk.u.shape[0]
             dy_k = walk.read(dy, steps, dtype)  # (c, B, D)
@@ -224,14 +256,17 @@ def backward(
 
             g = grads[:count]  # (c, B, N, D)
             torch.mul(_by_group(dy_k.unsqueeze(2), groups), _as_states(chunk.C), out=_by_group(g, groups))
+            handed = None if window == 1 else _to_later_steps(g, chunk.decay, window)  # (c, B, N, D)
+            w_window = None if window == 1 else (g + handed).mul_(chunk.received)
             g[-1] += from_future
             for t in range(count - 2, -1, -1):
                 g[t].addcmul_(chunk.decay[t + 1], g[t + 1])
             torch.mul(chunk.decay[0], g[0], out=from_future)
 
-            gB = _contract_states(chunk.B, g)  # (c, B, D)
-            walk.add(dC[:, k], _contract_channels(chunk.states[1:], dy_k, groups), steps)
-            walk.add(dB[:, k], _contract_channels(g, chunk.input, groups), steps)
+            dinput = g if window == 1 else g + handed  # (c, B, N, D)
+            gB = _contract_states(chunk.B, dinput)  # (c, B, D)
+            walk.add(dC[:, k], _contract_channels(chunk.seen, dy_k, groups), steps)
+            walk.add(dB[:, k], _contract_channels(dinput, chunk.input, groups), steps)
             du_k = gB * chunk.step
             if D_k is not None:
                 du_k.addcmul_(dy_k, D_k)
@@ -239,6 +274,8 @@ def backward(
             walk.add(du[:, min(k, shared - 1)], du_k, steps)
 
             w = g.mul_(chunk.decay).mul_(chunk.states[:count])  # (c, B, N, D)
+            if w_window is not None:
+                w += w_window
             dA[k] += torch.einsum("cbnd,cbd->dn", w, chunk.step)
             dstep = (w * A_k).sum(2).addcmul_(gB, chunk.u)
             if delta_softplus:

@@ -77,6 +77,7 @@ def check_inputs(
     initial_state: Tensor | None,
     paths: Tensor | None,
     reverse: list[bool],
+    window: int,
 ) -> None:
     """Raises ValueError, naming expected and given, unless the canonical inputs fit together."""
     for name, x, dims in (("u", u, 4), ("delta", delta, 4), ("A", A, 3), ("B", B, 5), ("C", C, 5)):
@@ -101,6 +102,9 @@ def check_inputs(
         raise ValueError(f"selective_scan: u of shape {_show(u.shape)} is empty")
     if len(reverse) != K:
         raise ValueError(f"selective_scan: reverse has {len(reverse)} flags for {K} paths")
+    if window < 1 or CHUNK % window:
+        divisors = ", ".join(str(size) for size in range(1, CHUNK + 1) if CHUNK % size == 0)
+        raise ValueError(f"selective_scan: window must be one of {divisors}, got {window}")
     integers = (torch.int32, torch.int64)
     if paths is not None and (paths.dim() != 2 or paths.shape[0] != K or paths.dtype not in integers):
         raise ValueError(
@@ -144,19 +148,20 @@ def selective_scan_op(
     paths: Tensor | None,
     delta_softplus: bool,
     reverse: list[bool],
+    window: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse)
+    check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse, window)
     if paths is not None and not paths.is_cuda:  # reading a GPU's table would stall it
         _check_tokens(paths, u.shape[2])
     return _implementation(u.device).forward(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, save_states
+        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, save_states
     )
 
 
 @selective_scan_op.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, save_states):
-    check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse)
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, save_states):
+    check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse, window)
     batch, _, L, channels = u.shape
     K, _, N = A.shape
     dtype = accumulate_dtype(u)
@@ -185,11 +190,12 @@ def selective_scan_backward_op(
     paths: Tensor | None,
     delta_softplus: bool,
     reverse: list[bool],
+    window: int,
 ) -> list[Tensor]:
     """Gradients of u, delta, A, B, C, then of D, z, delta_bias and initial_state as far as they were given."""
     return _implementation(u.device).backward(
         grad_out, grad_last_state, states,
-        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse,
+        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window,
     )  # fmt: skip
 
 
@@ -210,16 +216,17 @@ def _(
     paths,
     delta_softplus,
     reverse,
+    window,
 ):
     given = [x for x in (u, delta, A, B, C, D, z, delta_bias, initial_state) if x is not None]
     return [x.new_empty(x.shape) for x in given]
 
 
 def _setup_context(ctx, inputs, output):
-    (u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, save_states) = inputs
+    (u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, save_states) = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2], u, delta, A, B, C, D, z, delta_bias, initial_state, paths)
-    ctx.delta_softplus, ctx.reverse, ctx.save_states = delta_softplus, reverse, save_states
+    ctx.delta_softplus, ctx.reverse, ctx.window, ctx.save_states = delta_softplus, reverse, window, save_states
     ctx.mark_non_differentiable(output[2])
 
 
@@ -230,11 +237,11 @@ def _backward(ctx, grad_out, grad_last_state, _):
     if grad_out is None:
         grad_out = u.new_zeros(u.shape[0], u.shape[2], u.shape[3])
     grads = torch.ops.zoo.selective_scan_backward(
-        grad_out, grad_last_state, states, u, *rest, ctx.delta_softplus, ctx.reverse
+        grad_out, grad_last_state, states, u, *rest, ctx.delta_softplus, ctx.reverse, ctx.window
     )
     remaining = iter(grads)
     inputs = (u, *rest[:-1])  # all but paths
-    return (*[None if x is None else next(remaining) for x in inputs], None, None, None, None)
+    return (*[None if x is None else next(remaining) for x in inputs], None, None, None, None, None)
 
 
 selective_scan_op.register_autograd(_backward, setup_context=_setup_context)

@@ -42,6 +42,7 @@ def selective_scan_reference(
     paths: Tensor | None,
     delta_softplus: bool,
     reverse: list[bool],
+    window: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output (B, L, D) in u's dtype and the last states (B, K, D, N)."""
     dtype = accumulate_dtype(u)
@@ -67,6 +68,13 @@ def selective_scan_reference(
         for t in range(len(tokens)):
             h = torch.exp(step[:, t, :, None] * A_k) * h + (step[:, t] * u_k[:, t])[..., None] * B_k[:, t]
             outputs.append((h * C_k[:, t]).sum(-1))
+        future = torch.zeros_like(h)  # what later tokens of the window hand back
+        for t in reversed(range(len(tokens))):
+            if (t + 1) % window == 0:
+                future = torch.zeros_like(h)
+            received = torch.exp(step[:, t, :, None] * A_k) * future
+            outputs[t] = outputs[t] + (received * C_k[:, t]).sum(-1)
+            future = received + (step[:, t] * u_k[:, t])[..., None] * B_k[:, t]
         y = torch.stack(outputs, dim=1)  # (B, P, D)
         if D is not None:
             y = y + u_k * D[k].to(dtype)
@@ -92,11 +100,12 @@ def forward(
     paths: Tensor | None,
     delta_softplus: bool,
     reverse: list[bool],
+    window: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's forward; the backward below recomputes from the start, so the boundary states stay zero."""
     out, last_state = selective_scan_reference(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse
+        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window
     )
     chunks = num_chunks(path_length(u, paths)) if save_states else 0
     last_state = last_state.transpose(2, 3).contiguous().transpose(2, 3)  # the op's memory layout
@@ -120,6 +129,7 @@ def backward(
     paths: Tensor | None,
     delta_softplus: bool,
     reverse: list[bool],
+    window: int,
 ) -> list[Tensor]:
     """Gradients of the tensors given, in argument order, by the chain rule one step at a time."""
     dtype = accumulate_dtype(u)
@@ -129,7 +139,7 @@ def backward(
     dy = grad_out.to(dtype)
     if z is not None:
         ungated, _ = selective_scan_reference(
-            *(u.to(dtype), delta, A, B, C, D, None, delta_bias, initial_state, paths, delta_softplus, reverse)
+            *(u.to(dtype), delta, A, B, C, D, None, delta_bias, initial_state, paths, delta_softplus, reverse, window)
         )
         gate, z = torch.sigmoid(z.to(dtype)), z.to(dtype)
         dz += dy * ungated * gate * (1 + z * (1 - gate))
@@ -151,12 +161,26 @@ def backward(
         for t in range(len(tokens)):
             before.append(torch.exp(step[:, t, :, None] * A_k) * before[-1] + (step * u_k)[:, t, :, None] * B_k[:, t])
 
+        future, received = torch.zeros_like(h), [h] * len(tokens)  # what every step gets from later ones of its window
+        for t in reversed(range(len(tokens))):
+            if (t + 1) % window == 0:
+                future = torch.zeros_like(h)
+            received[t] = torch.exp(step[:, t, :, None] * A_k) * future
+            future = received[t] + (step * u_k)[:, t, :, None] * B_k[:, t]
+        handed, from_window = torch.zeros_like(h), []  # gradient that a step's input gets from earlier ones
+        for t in range(len(tokens)):
+            if t % window == 0:
+                handed = torch.zeros_like(h)
+            from_window.append(handed)
+            handed = torch.exp(step[:, t, :, None] * A_k) * (C_k[:, t] * dy_k[:, t, :, None] + handed)
+
         g = torch.zeros_like(h) if grad_last_state is None else grad_last_state[:, k].to(dtype)
         for t in reversed(range(len(tokens))):
             g = g + C_k[:, t] * dy_k[:, t, :, None]  # gradient of the state after step t, (B, D, N)
             decay = torch.exp(step[:, t, :, None] * A_k)
-            w = g * decay * before[t]
-            dstep = u_k[:, t] * (g * B_k[:, t]).sum(-1) + (A_k * w).sum(-1)
+            dinput = g + from_window[t]
+            w = g * decay * before[t] + (C_k[:, t] * dy_k[:, t, :, None] + from_window[t]) * received[t]
+            dstep = u_k[:, t] * (dinput * B_k[:, t]).sum(-1) + (A_k * w).sum(-1)
             if delta_softplus:
                 dstep = dstep * torch.where(raw[:, t] > 20, 1.0, torch.sigmoid(raw[:, t]))
             dA[k] += (step[:, t, :, None] * w).sum(0)
@@ -167,10 +191,11 @@ def backward(
             token = int(tokens[t])
             if token >= 0:
                 skip = 0 if D is None else D[k].to(dtype) * dy_k[:, t]
-                du[:, min(k, u.shape[1] - 1), token] += step[:, t] * (g * B_k[:, t]).sum(-1) + skip
+                du[:, min(k, u.shape[1] - 1), token] += step[:, t] * (dinput * B_k[:, t]).sum(-1) + skip
                 ddelta[:, k, token] += dstep
-                dB[:, k, token] += (g * (step * u_k)[:, t, :, None]).unflatten(1, (groups, -1)).sum(2)
-                dC[:, k, token] += (before[t + 1] * dy_k[:, t, :, None]).unflatten(1, (groups, -1)).sum(2)
+                dB[:, k, token] += (dinput * (step * u_k)[:, t, :, None]).unflatten(1, (groups, -1)).sum(2)
+                seen = before[t + 1] + received[t]
+                dC[:, k, token] += (seen * dy_k[:, t, :, None]).unflatten(1, (groups, -1)).sum(2)
             g = g * decay
         if dinitial is not None:
             dinitial[:, k] = g

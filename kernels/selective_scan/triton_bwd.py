@@ -20,6 +20,8 @@ from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     UNROLL,
     block_shape,
+    path_lengths,
+    path_steps,
     softplus,
     states_first,
     token_at,
@@ -40,11 +42,12 @@ def _step_size(delta_t, bias, token, SOFTPLUS: tl.constexpr):
 # `stride_N` is `channels` again, hidden from Triton's divisibility analysis: see `triton_common.block_shape`.
 @triton.jit(do_not_specialize=["stride_N"])
 def selective_scan_bwd_kernel(
-    u, delta, A, B, C, D, z, bias, table, states, dout, dlast,
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, du_sum, y_sum, scratch,
+    u, delta, A, B, C, D, z, bias, table, lengths, states, dout, dlast,
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, du_sum, y_sum, scratch, window_states, window_sums,
     L, P, K, channels, stride_N, group_channels, reverse_mask, chunks, batch,
     u_b, u_k, u_l, delta_b, delta_k, delta_l, B_b, B_k, B_l, B_g, C_b, C_k, C_l, C_g, z_b, z_l, dout_b, dout_l,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+    WINDOW: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DLAST: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_TABLE: tl.constexpr,
     SUM_U: tl.constexpr, SUM_Y: tl.constexpr, ACC: tl.constexpr,
@@ -69,10 +72,15 @@ def selective_scan_bwd_kernel(
         y_at = y_sum + b * L * channels
     if SUM_U:
         du_sum_at = du_sum + b * L * channels
+    if WINDOW > 1:  # sums of a chunk's steps over what comes from inside their windows: y, gB and A w
+        window_at = window_sums + b * 3 * CHUNK * channels + d
+        GB: tl.constexpr = CHUNK
+        AW: tl.constexpr = 2 * CHUNK
 
     for k in range(K):
         path = b * K + k
         backwards = (reverse_mask >> k) & 1 == 1
+        steps = path_steps(lengths, k, P, HAS_TABLE)
         u_at = u + b * u_b + k * u_k
         delta_at = delta + b * delta_b + k * delta_k
         B_at = B + b * B_b + k * B_k + group * B_g
@@ -106,7 +114,7 @@ def selective_scan_bwd_kernel(
                 if segment < SEGMENTS - 1:
                     for j in tl.static_range(UNROLL):
                         step_number = chunk * CHUNK + segment * UNROLL + j
-                        token = token_at(table, k, step_number, P, backwards, HAS_TABLE)
+                        token = token_at(table, k, P, step_number, steps, backwards, HAS_TABLE)
                         mask = d_mask & (token >= 0)
                         u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
                         delta_j = tl.load(delta_at + (token * delta_l + d), mask=mask, other=0.0).to(ACC)
@@ -114,6 +122,59 @@ def selective_scan_bwd_kernel(
                         raw, step = _step_size(delta_j, bias_k, token, SOFTPLUS)
                         h = tl.exp2(step[None, :] * A_k) * h + (step * u_j)[None, :] * B_j[:, None]
             tl.debug_barrier()
+
+            if WINDOW > 1:
+                for window in range(CHUNK // WINDOW):
+                    received = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                    inputs = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                    for i in range(WINDOW):
+                        place = WINDOW - 1 - i
+                        token = token_at(
+                            table, k, P, chunk * CHUNK + window * WINDOW + place, steps, backwards, HAS_TABLE
+                        )
+                        mask = d_mask & (token >= 0)
+                        u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
+                        delta_j = tl.load(delta_at + (token * delta_l + d), mask=mask, other=0.0).to(ACC)
+                        B_j = tl.load(B_at + (token * B_l + n), mask=n_mask & (token >= 0), other=0.0).to(ACC)
+                        C_j = tl.load(C_at + (token * C_l + n), mask=n_mask & (token >= 0), other=0.0).to(ACC)
+                        raw, step = _step_size(delta_j, bias_k, token, SOFTPLUS)
+                        received = tl.exp2(step[None, :] * A_k) * (received + inputs)
+                        inputs = (step * u_j)[None, :] * B_j[:, None]
+                        tl.store(
+                            window_states + ((b * WINDOW + place) * N + n[:, None]) * stride_N + d[None, :],
+                            received,
+                            mask=state_mask,
+                        )
+                        in_chunk = window * WINDOW + place
+                        tl.store(window_at + in_chunk * channels, tl.sum(received * C_j[:, None], 0), mask=d_mask)
+                    tl.debug_barrier()
+                    handed = tl.zeros([BLOCK_N, BLOCK_D], ACC)  # gradient of a step's input from earlier outputs
+                    for place in range(WINDOW):
+                        in_chunk = window * WINDOW + place
+                        token = token_at(table, k, P, chunk * CHUNK + in_chunk, steps, backwards, HAS_TABLE)
+                        visited = n_mask & (token >= 0)
+                        mask = d_mask & (token >= 0)
+                        u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
+                        delta_j = tl.load(delta_at + (token * delta_l + d), mask=mask, other=0.0).to(ACC)
+                        B_j = tl.load(B_at + (token * B_l + n), mask=visited, other=0.0).to(ACC)
+                        C_j = tl.load(C_at + (token * C_l + n), mask=visited, other=0.0).to(ACC)
+                        dy = tl.load(dout_at + (token * dout_l + d), mask=mask, other=0.0).to(ACC)
+                        if HAS_Z:
+                            z_j = tl.load(z_at + (token * z_l + d), mask=mask, other=0.0).to(ACC)
+                            dy = dy * z_j / (1.0 + tl.exp(-z_j))
+                        raw, step = _step_size(delta_j, bias_k, token, SOFTPLUS)
+                        at = window_states + ((b * WINDOW + place) * N + n[:, None]) * stride_N + d[None, :]
+                        received = tl.load(at, mask=state_mask, other=0.0)
+                        slot = partial + (token * groups * N + n)
+                        tl.store(dB + slot, tl.sum(handed * (step * u_j)[None, :], 1), mask=visited)
+                        tl.store(dC + slot, tl.sum(received * dy[None, :], 1), mask=visited)
+                        tl.store(window_at + (GB + in_chunk) * channels, tl.sum(handed * B_j[:, None], 0), mask=d_mask)
+                        handed += C_j[:, None] * dy[None, :]
+                        w = handed * received
+                        dA_k += w * step[None, :]
+                        tl.store(window_at + (AW + in_chunk) * channels, tl.sum(w * A_k, 0), mask=d_mask)
+                        handed = handed * tl.exp2(step[None, :] * A_k)
+                    tl.debug_barrier()
 
             for segment_from_end in range(SEGMENTS):
                 segment = SEGMENTS - 1 - segment_from_end
@@ -127,7 +188,7 @@ def selective_scan_bwd_kernel(
                 B_t = ()
                 for j in tl.static_range(UNROLL):
                     step_number = chunk * CHUNK + segment * UNROLL + j
-                    token = token_at(table, k, step_number, P, backwards, HAS_TABLE)
+                    token = token_at(table, k, P, step_number, steps, backwards, HAS_TABLE)
                     mask = d_mask & (token >= 0)
                     u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
                     delta_j = tl.load(delta_at + (token * delta_l + d), mask=mask, other=0.0).to(ACC)
@@ -144,6 +205,7 @@ def selective_scan_bwd_kernel(
                 for j in tl.static_range(UNROLL - 1, -1, -1):
                     token = tokens[j]
                     step = step_t[j]
+                    in_chunk = segment * UNROLL + j
                     mask = d_mask & (token >= 0)
                     cell = token * channels + d
                     C_j = tl.load(C_at + (token * C_l + n), mask=n_mask & (token >= 0), other=0.0).to(ACC)
@@ -154,6 +216,8 @@ def selective_scan_bwd_kernel(
                         gate = 1.0 / (1.0 + tl.exp(-z_j))
                         dy = dout_j * z_j * gate
                         y = tl.sum(h * C_j[:, None], 0) + D_k * u_t[j]
+                        if WINDOW > 1:
+                            y += tl.load(window_at + in_chunk * channels, mask=d_mask, other=0.0)
                         if SUM_Y:
                             y += tl.load(y_at + cell, mask=mask & ((k > 0) | HAS_TABLE), other=0.0)
                             tl.store(y_at + cell, y, mask=mask & ((k < K - 1) | HAS_TABLE))
@@ -167,7 +231,14 @@ def selective_scan_bwd_kernel(
                     future = g * tl.exp2(step[None, :] * A_k)
                     w = future * before[j]
                     dA_k += w * step[None, :]
-                    dstep = u_t[j] * gB + tl.sum(w * A_k, 0) / LOG2E
+                    Aw = tl.sum(w * A_k, 0)
+                    if WINDOW > 1:
+                        gB += tl.load(window_at + (GB + in_chunk) * channels, mask=d_mask, other=0.0)
+                        Aw += tl.load(window_at + (AW + in_chunk) * channels, mask=d_mask, other=0.0)
+                        earlier = partial + (token * groups * N + n)
+                        dB_j += tl.load(dB + earlier, mask=n_mask & (token >= 0), other=0.0)
+                        dC_j += tl.load(dC + earlier, mask=n_mask & (token >= 0), other=0.0)
+                    dstep = u_t[j] * gB + Aw / LOG2E
                     if SOFTPLUS:
                         dstep = tl.where(raw_t[j] > 20.0, dstep, dstep / (1.0 + tl.exp(-raw_t[j])))
                     dbias_k += tl.where(token >= -1, dstep, 0.0)
@@ -214,6 +285,7 @@ def backward(
     paths: Tensor | None,
     delta_softplus: bool,
     reverse: list[bool],
+    window: int,
 ) -> list[Tensor]:
     """Gradients of the tensors given, in argument order."""
     dtype = accumulate_dtype(u)
@@ -242,6 +314,10 @@ def backward(
     dbias = None if delta_bias is None else new(batch, K, channels)
     dinitial = None if initial_state is None else new(batch, K, N, channels)
     scratch = u.new_empty(batch, CHUNK // UNROLL, N, channels, dtype=dtype)
+    window_states = window_sums = None
+    if window > 1:
+        window_states = u.new_empty(batch, window, N, channels, dtype=dtype)
+        window_sums = u.new_empty(batch, 3, CHUNK, channels, dtype=dtype)
 
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     gate_input = z
@@ -257,13 +333,13 @@ def backward(
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
     with device_guard(u.device):
         selective_scan_bwd_kernel[(groups * blocks, batch)](
-            u, delta, A, B, C, D, z, delta_bias, paths, states, grad_out, grad_last_state,
-            du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, du_sum, y_sum, scratch,
+            u, delta, A, B, C, D, z, delta_bias, paths, path_lengths(paths), states, grad_out, grad_last_state,
+            du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, du_sum, y_sum, scratch, window_states, window_sums,
             L, steps, K, channels, channels, channels // groups, sum(1 << k for k in range(K) if reverse[k]),
             num_chunks(steps), batch,
             u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2), *delta.stride()[:3], *B.stride()[:4],
             *C.stride()[:4], *(z.stride()[:2] if z is not None else (0, 0)), *grad_out.stride()[:2],
-            N=N, BLOCK_N=block_n, BLOCK_D=block_d, CHUNK=CHUNK, UNROLL=UNROLL,
+            N=N, BLOCK_N=block_n, BLOCK_D=block_d, CHUNK=CHUNK, UNROLL=UNROLL, WINDOW=window,
             SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             HAS_DLAST=grad_last_state is not None, HAS_DINITIAL=initial_state is not None,
             HAS_TABLE=paths is not None, SUM_U=sum_u, SUM_Y=sum_y,

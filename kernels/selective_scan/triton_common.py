@@ -1,10 +1,11 @@
 """What the forward and the backward Triton kernel of the selective scan share."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LOG2E", "UNROLL", "block_shape", "softplus", "states_first", "token_at"]
+__all__ = ["LOG2E", "UNROLL", "block_shape", "path_lengths", "path_steps", "softplus", "states_first", "token_at"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNROLL = 2  # steps whose loads are in flight together; the backward keeps that many states in registers
@@ -19,12 +20,22 @@ def softplus(x):
 
 
 @triton.jit
-def token_at(table, path, step, steps, backwards, HAS_TABLE: tl.constexpr):
-    """Token that a path reads at a step: >= 0 a token, -1 a zero token, -2 (also past the end) no step at all."""
+def path_steps(lengths, path, columns, HAS_TABLE: tl.constexpr):
+    """Steps of a path: all columns of the table, or fewer if it ends in -2."""
+    if HAS_TABLE:
+        steps = tl.load(lengths + path)
+    else:
+        steps = columns
+    return steps
+
+
+@triton.jit
+def token_at(table, path, columns, step, steps, backwards, HAS_TABLE: tl.constexpr):
+    """Token that a path reads at a step: >= 0 a token, -1 a zero token, -2 past the end, no step at all."""
     inside = step < steps
     position = tl.where(backwards, steps - 1 - step, step)
     if HAS_TABLE:
-        token = tl.load(table + path * steps + position, mask=inside, other=-2).to(tl.int32)
+        token = tl.load(table + path * columns + position, mask=inside, other=-2).to(tl.int32)
     else:
         token = tl.where(inside, position, -2)
     return token
@@ -45,3 +56,8 @@ def block_shape(channels: int, N: int) -> tuple[int, int, int]:
 def states_first(x: Tensor | None) -> Tensor | None:
     """(..., D, N) with the states before the channels in memory: (..., N, D)."""
     return None if x is None else x.transpose(-2, -1).contiguous()
+
+
+def path_lengths(paths: Tensor | None) -> Tensor | None:
+    """Steps of every path of a table (K, P), (K,): its columns before the first -2."""
+    return None if paths is None else (paths >= -1).sum(1, dtype=torch.int32)

@@ -16,6 +16,8 @@ from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     UNROLL,
     block_shape,
+    path_lengths,
+    path_steps,
     softplus,
     states_first,
     token_at,
@@ -27,10 +29,11 @@ __all__ = ["forward"]
 # `stride_N` is `channels` again, hidden from Triton's divisibility analysis: see `triton_common.block_shape`.
 @triton.jit(do_not_specialize=["stride_N"])
 def selective_scan_fwd_kernel(
-    u, delta, A, B, C, D, z, bias, initial, table, out, merged, last_state, states,
+    u, delta, A, B, C, D, z, bias, initial, table, lengths, out, merged, last_state, states, window_y,
     L, P, K, channels, stride_N, group_channels, reverse_mask, chunks,
     u_b, u_k, u_l, delta_b, delta_k, delta_l, B_b, B_k, B_l, B_g, C_b, C_k, C_l, C_g, z_b, z_l,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+    WINDOW: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, SAVE: tl.constexpr, ONE_PATH: tl.constexpr,
     ACC: tl.constexpr,
@@ -50,10 +53,13 @@ def selective_scan_fwd_kernel(
         z_at = z + b * z_b
     if not ONE_PATH:
         merged_at = merged + b * L * channels
+    if WINDOW > 1:
+        window_at = window_y + b * WINDOW * channels + d
 
     for k in range(K):
         path = b * K + k
         backwards = (reverse_mask >> k) & 1 == 1
+        steps = path_steps(lengths, k, P, HAS_TABLE)
         u_at = u + b * u_b + k * u_k
         delta_at = delta + b * delta_b + k * delta_k
         B_at = B + b * B_b + k * B_k + group * B_g
@@ -75,6 +81,26 @@ def selective_scan_fwd_kernel(
                 if start % CHUNK == 0:
                     row = (path * chunks + start // CHUNK) * N
                     tl.store(states + (row + n[:, None]) * stride_N + d[None, :], h, mask=state_mask)
+            if WINDOW > 1:
+                if start % WINDOW == 0:
+                    tl.debug_barrier()  # the sums of the window before have been read
+                    future = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                    for i in range(WINDOW):
+                        place = WINDOW - 1 - i
+                        token = token_at(table, k, P, start + place, steps, backwards, HAS_TABLE)
+                        mask = d_mask & (token >= 0)
+                        n_visited = n_mask & (token >= 0)
+                        u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
+                        step = tl.load(delta_at + (token * delta_l + d), mask=mask, other=0.0).to(ACC) + bias_k
+                        B_j = tl.load(B_at + (token * B_l + n), mask=n_visited, other=0.0).to(ACC)
+                        C_j = tl.load(C_at + (token * C_l + n), mask=n_visited, other=0.0).to(ACC)
+                        if SOFTPLUS:
+                            step = softplus(step)
+                        step = tl.where(token >= -1, step, 0.0)
+                        received = tl.exp2(step[None, :] * A_k) * future
+                        tl.store(window_at + place * channels, tl.sum(received * C_j[:, None], 0), mask=d_mask)
+                        future = received + (step * u_j)[None, :] * B_j[:, None]
+                    tl.debug_barrier()
             tokens = ()
             u_t = ()
             delta_t = ()
@@ -83,7 +109,7 @@ def selective_scan_fwd_kernel(
             z_t = ()
             y_t = ()
             for j in tl.static_range(UNROLL):
-                token = token_at(table, k, start + j, P, backwards, HAS_TABLE)
+                token = token_at(table, k, P, start + j, steps, backwards, HAS_TABLE)
                 visited = token >= 0
                 mask = d_mask & visited
                 tokens = tokens + (token,)
@@ -107,6 +133,8 @@ def selective_scan_fwd_kernel(
                 step = tl.where(token >= -1, step, 0.0)
                 h = tl.exp2(step[None, :] * A_k) * h + (step * u_j)[None, :] * B_t[j].to(ACC)[:, None]
                 y = tl.sum(h * C_t[j].to(ACC)[:, None], 0) + D_k * u_j
+                if WINDOW > 1:
+                    y += tl.load(window_at + (start + j) % WINDOW * channels, mask=d_mask, other=0.0)
                 if not ONE_PATH:
                     y += y_t[j]
                     tl.store(merged_at + (token * channels + d), y, mask=mask & ((k < K - 1) | HAS_TABLE))
@@ -132,6 +160,7 @@ def forward(
     paths: Tensor | None,
     delta_softplus: bool,
     reverse: list[bool],
+    window: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, L, D), last state (B, K, D, N) and chunk-boundary states (B, K, chunks, N, D)."""
@@ -150,6 +179,8 @@ def forward(
         allocate = torch.empty if paths is None else torch.zeros  # a table need not visit every token
         merged = allocate(batch, L, channels, dtype=dtype, device=u.device)
 
+    window_y = u.new_empty(batch, window, channels, dtype=dtype) if window > 1 else None
+
     u, delta, B, C = contiguous_channels(u), contiguous_channels(delta), contiguous_channels(B), contiguous_channels(C)
     z_rows = None if z is None else contiguous_channels(z)
     A, initial_state = states_first(A), states_first(initial_state)
@@ -158,11 +189,12 @@ def forward(
     grid = (groups * triton.cdiv(channels // groups, block_d), batch)
     with device_guard(u.device):
         selective_scan_fwd_kernel[grid](
-            u, delta, A, B, C, D, z_rows, delta_bias, initial_state, paths, out, merged, last_state, states,
+            u, delta, A, B, C, D, z_rows, delta_bias, initial_state, paths, path_lengths(paths),
+            out, merged, last_state, states, window_y,
             L, steps, K, channels, channels, channels // groups, sum(1 << k for k in range(K) if reverse[k]), chunks,
             u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2), *delta.stride()[:3], *B.stride()[:4],
             *C.stride()[:4], *(z_rows.stride()[:2] if z is not None else (0, 0)),
-            N=N, BLOCK_N=block_n, BLOCK_D=block_d, CHUNK=CHUNK, UNROLL=UNROLL,
+            N=N, BLOCK_N=block_n, BLOCK_D=block_d, CHUNK=CHUNK, UNROLL=UNROLL, WINDOW=window,
             SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             HAS_INITIAL=initial_state is not None, HAS_TABLE=paths is not None, SAVE=save_states, ONE_PATH=one_path,
             ACC=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=warps,
