@@ -176,6 +176,7 @@ def train(config: TrainConfig) -> TrainResult:
                 save_checkpoint(output, epoch + 1, plain_model.state_dict(), state, card)
                 progress.report(row)
             accelerator.wait_for_everyone()
+    accelerator.end_training()  # leaves the process group: a process that exits inside of it can abort
     return TrainResult(output, log, best, config.optim.epochs - start)
 
 
