@@ -164,6 +164,21 @@ def test_equals_definition_in_float64(backend_name, device, case_name):
     assert_close(run_op(case, inputs, cotangents, backend_name), run_reference(case, inputs, cotangents), 1e-9)
 
 
+@pytest.mark.interpreted
+def test_wide_offsets(monkeypatch):
+    """Tensors whose rows do not fit 32-bit offsets take 64-bit ones; forced here, as such tensors have gigabytes."""
+    tl = pytest.importorskip("triton.language")
+    from zoo.kernels.selective_scan import triton_bwd, triton_common, triton_fwd
+
+    assert triton_common.offset_type(16384, 10240, 32) == tl.int32
+    assert triton_common.offset_type(1 << 20, 4096, 32) == tl.int64
+    for module in (triton_fwd, triton_bwd):
+        monkeypatch.setattr(module, "offset_type", lambda *_: tl.int64)
+    case = CASES["window_table"]
+    inputs, cotangents = case.inputs(torch.float64, "cpu"), cotangents_for(case, "cpu")
+    assert_close(run_op(case, inputs, cotangents, "triton"), run_reference(case, inputs, cotangents), 1e-9)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
 @pytest.mark.parametrize("case_name", ["chunks", "bidirectional", "cross", "one_token"])

@@ -20,6 +20,7 @@ from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     UNROLL,
     block_shape,
+    offset_type,
     path_lengths,
     path_steps,
     softplus,
@@ -50,7 +51,7 @@ def selective_scan_bwd_kernel(
     WINDOW: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DLAST: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_TABLE: tl.constexpr,
-    SUM_U: tl.constexpr, SUM_Y: tl.constexpr, ACC: tl.constexpr,
+    SUM_U: tl.constexpr, SUM_Y: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(group_channels, BLOCK_D)
     group = tl.program_id(0) // blocks
@@ -114,7 +115,7 @@ def selective_scan_bwd_kernel(
                 if segment < SEGMENTS - 1:
                     for j in tl.static_range(UNROLL):
                         step_number = chunk * CHUNK + segment * UNROLL + j
-                        token = token_at(table, k, P, step_number, steps, backwards, HAS_TABLE)
+                        token = token_at(table, k, P, step_number, steps, backwards, HAS_TABLE, OFFSET)
                         mask = d_mask & (token >= 0)
                         u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
                         delta_j = tl.load(delta_at + (token * delta_l + d), mask=mask, other=0.0).to(ACC)
@@ -130,7 +131,7 @@ def selective_scan_bwd_kernel(
                     for i in range(WINDOW):
                         place = WINDOW - 1 - i
                         token = token_at(
-                            table, k, P, chunk * CHUNK + window * WINDOW + place, steps, backwards, HAS_TABLE
+                            table, k, P, chunk * CHUNK + window * WINDOW + place, steps, backwards, HAS_TABLE, OFFSET
                         )
                         mask = d_mask & (token >= 0)
                         u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
@@ -151,7 +152,7 @@ def selective_scan_bwd_kernel(
                     handed = tl.zeros([BLOCK_N, BLOCK_D], ACC)  # gradient of a step's input from earlier outputs
                     for place in range(WINDOW):
                         in_chunk = window * WINDOW + place
-                        token = token_at(table, k, P, chunk * CHUNK + in_chunk, steps, backwards, HAS_TABLE)
+                        token = token_at(table, k, P, chunk * CHUNK + in_chunk, steps, backwards, HAS_TABLE, OFFSET)
                         visited = n_mask & (token >= 0)
                         mask = d_mask & (token >= 0)
                         u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
@@ -188,7 +189,7 @@ def selective_scan_bwd_kernel(
                 B_t = ()
                 for j in tl.static_range(UNROLL):
                     step_number = chunk * CHUNK + segment * UNROLL + j
-                    token = token_at(table, k, P, step_number, steps, backwards, HAS_TABLE)
+                    token = token_at(table, k, P, step_number, steps, backwards, HAS_TABLE, OFFSET)
                     mask = d_mask & (token >= 0)
                     u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
                     delta_j = tl.load(delta_at + (token * delta_l + d), mask=mask, other=0.0).to(ACC)
@@ -331,6 +332,8 @@ def backward(
     z = None if z is None else contiguous_channels(z)
     A, grad_last_state = states_first(A), states_first(grad_last_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
+    row_strides = [x.stride(2) for x in (u, delta, B, C)] + [x.stride(1) for x in (grad_out, z) if x is not None]
+    row_strides += [channels, groups * N]
     with device_guard(u.device):
         selective_scan_bwd_kernel[(groups * blocks, batch)](
             u, delta, A, B, C, D, z, delta_bias, paths, path_lengths(paths), states, grad_out, grad_last_state,
@@ -343,6 +346,7 @@ def backward(
             SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             HAS_DLAST=grad_last_state is not None, HAS_DINITIAL=initial_state is not None,
             HAS_TABLE=paths is not None, SUM_U=sum_u, SUM_Y=sum_y,
+            OFFSET=offset_type(L, *row_strides),
             ACC=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=warps,
         )  # fmt: skip
     if paths is not None and gate_input is not None:

@@ -5,7 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LOG2E", "UNROLL", "block_shape", "path_lengths", "path_steps", "softplus", "states_first", "token_at"]
+__all__ = [
+    "LOG2E",
+    "UNROLL",
+    "block_shape",
+    "offset_type",
+    "path_lengths",
+    "path_steps",
+    "softplus",
+    "states_first",
+    "token_at",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNROLL = 2  # steps whose loads are in flight together; the backward keeps that many states in registers
@@ -30,15 +40,19 @@ def path_steps(lengths, path, columns, HAS_TABLE: tl.constexpr):
 
 
 @triton.jit
-def token_at(table, path, columns, step, steps, backwards, HAS_TABLE: tl.constexpr):
-    """Token that a path reads at a step: >= 0 a token, -1 a zero token, -2 past the end, no step at all."""
+def token_at(table, path, columns, step, steps, backwards, HAS_TABLE: tl.constexpr, OFFSET: tl.constexpr):
+    """Token that a path reads at a step: >= 0 a token, -1 a zero token, -2 past the end, no step at all.
+
+    Its type OFFSET is that of all offsets inside a batch element: 64 bits only where 32 do not suffice, since they cost
+    twice the instructions.
+    """
     inside = step < steps
     position = tl.where(backwards, steps - 1 - step, step)
     if HAS_TABLE:
-        token = tl.load(table + path * columns + position, mask=inside, other=-2).to(tl.int32)
+        token = tl.load(table + path * columns + position, mask=inside, other=-2)
     else:
         token = tl.where(inside, position, -2)
-    return token
+    return token.to(OFFSET)
 
 
 def block_shape(channels: int, N: int) -> tuple[int, int, int]:
@@ -61,3 +75,8 @@ def states_first(x: Tensor | None) -> Tensor | None:
 def path_lengths(paths: Tensor | None) -> Tensor | None:
     """Steps of every path of a table (K, P), (K,): its columns before the first -2."""
     return None if paths is None else (paths >= -1).sum(1, dtype=torch.int32)
+
+
+def offset_type(L: int, *row_strides: int) -> tl.dtype:
+    """Integer type that holds the offset of every token's row in tensors with these strides between rows."""
+    return tl.int32 if L * max(row_strides) < 2**31 else tl.int64

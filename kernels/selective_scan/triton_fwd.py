@@ -16,6 +16,7 @@ from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     UNROLL,
     block_shape,
+    offset_type,
     path_lengths,
     path_steps,
     softplus,
@@ -36,7 +37,7 @@ def selective_scan_fwd_kernel(
     WINDOW: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, SAVE: tl.constexpr, ONE_PATH: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(group_channels, BLOCK_D)
     group = tl.program_id(0) // blocks
@@ -87,7 +88,7 @@ def selective_scan_fwd_kernel(
                     future = tl.zeros([BLOCK_N, BLOCK_D], ACC)
                     for i in range(WINDOW):
                         place = WINDOW - 1 - i
-                        token = token_at(table, k, P, start + place, steps, backwards, HAS_TABLE)
+                        token = token_at(table, k, P, start + place, steps, backwards, HAS_TABLE, OFFSET)
                         mask = d_mask & (token >= 0)
                         n_visited = n_mask & (token >= 0)
                         u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
@@ -109,7 +110,7 @@ def selective_scan_fwd_kernel(
             z_t = ()
             y_t = ()
             for j in tl.static_range(UNROLL):
-                token = token_at(table, k, P, start + j, steps, backwards, HAS_TABLE)
+                token = token_at(table, k, P, start + j, steps, backwards, HAS_TABLE, OFFSET)
                 visited = token >= 0
                 mask = d_mask & visited
                 tokens = tokens + (token,)
@@ -185,6 +186,7 @@ def forward(
     z_rows = None if z is None else contiguous_channels(z)
     A, initial_state = states_first(A), states_first(initial_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
+    z_stride = 0 if z is None else z_rows.stride(1)
     block_n, block_d, warps = block_shape(channels // groups, N)
     grid = (groups * triton.cdiv(channels // groups, block_d), batch)
     with device_guard(u.device):
@@ -197,6 +199,7 @@ def forward(
             N=N, BLOCK_N=block_n, BLOCK_D=block_d, CHUNK=CHUNK, UNROLL=UNROLL, WINDOW=window,
             SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             HAS_INITIAL=initial_state is not None, HAS_TABLE=paths is not None, SAVE=save_states, ONE_PATH=one_path,
+            OFFSET=offset_type(L, u.stride(2), delta.stride(2), B.stride(2), C.stride(2), channels, z_stride),
             ACC=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=warps,
         )  # fmt: skip
     if paths is not None:
