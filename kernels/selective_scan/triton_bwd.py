@@ -294,9 +294,9 @@ def backward(
     K, _, N = A.shape
     groups = B.shape[3]
     steps = path_length(u, paths)
-    block_n, block_d, warps = block_shape(channels // groups, N)
+    block_n, block_d, warps = block_shape(N)
     blocks = triton.cdiv(channels // groups, block_d)
-    sum_u = (K > 1 and shared == 1) or (paths is not None and shared == 1)
+    sum_u = shared == 1 and (K > 1 or paths is not None)
     sum_y = z is not None and (K > 1 or paths is not None)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -321,7 +321,6 @@ def backward(
         window_sums = u.new_empty(batch, 3, CHUNK, channels, dtype=dtype)
 
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    gate_input = z
     u, delta, B, C, grad_out = (
         contiguous_channels(u),
         contiguous_channels(delta),
@@ -349,9 +348,9 @@ def backward(
             OFFSET=offset_type(L, *row_strides),
             ACC=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=warps,
         )  # fmt: skip
-    if paths is not None and gate_input is not None:
-        gate = torch.sigmoid(gate_input.to(dtype))
-        dz = grad_out.to(dtype) * y_sum * gate * (1 + gate_input.to(dtype) * (1 - gate))
+    if paths is not None and z is not None:
+        gate = torch.sigmoid(z.to(dtype))
+        dz = grad_out.to(dtype) * y_sum * gate * (1 + z.to(dtype) * (1 - gate))
     dA = dA.sum(0).transpose(1, 2).contiguous()
     dB, dC, dD, dbias = (None if x is None else x.sum(0) for x in (dB, dC, dD, dbias))
     dinitial = None if dinitial is None else dinitial.transpose(2, 3).contiguous()

@@ -55,7 +55,7 @@ def token_at(table, path, columns, step, steps, backwards, HAS_TABLE: tl.constex
     return token.to(OFFSET)
 
 
-def block_shape(channels: int, N: int) -> tuple[int, int, int]:
+def block_shape(N: int) -> tuple[int, int, int]:
     """(BLOCK_N, BLOCK_D, warps) of a program: one channel to a lane, at most 16 of its states in a thread's registers.
 
     With the states of a channel in one thread, the sum over states needs no exchange between threads, and values that

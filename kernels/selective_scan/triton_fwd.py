@@ -179,23 +179,22 @@ def forward(
     if not one_path:
         allocate = torch.empty if paths is None else torch.zeros  # a table need not visit every token
         merged = allocate(batch, L, channels, dtype=dtype, device=u.device)
-
     window_y = u.new_empty(batch, window, channels, dtype=dtype) if window > 1 else None
 
     u, delta, B, C = contiguous_channels(u), contiguous_channels(delta), contiguous_channels(B), contiguous_channels(C)
-    z_rows = None if z is None else contiguous_channels(z)
+    z = None if z is None else contiguous_channels(z)
     A, initial_state = states_first(A), states_first(initial_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
-    z_stride = 0 if z is None else z_rows.stride(1)
-    block_n, block_d, warps = block_shape(channels // groups, N)
+    z_stride = 0 if z is None else z.stride(1)
+    block_n, block_d, warps = block_shape(N)
     grid = (groups * triton.cdiv(channels // groups, block_d), batch)
     with device_guard(u.device):
         selective_scan_fwd_kernel[grid](
-            u, delta, A, B, C, D, z_rows, delta_bias, initial_state, paths, path_lengths(paths),
+            u, delta, A, B, C, D, z, delta_bias, initial_state, paths, path_lengths(paths),
             out, merged, last_state, states, window_y,
             L, steps, K, channels, channels, channels // groups, sum(1 << k for k in range(K) if reverse[k]), chunks,
             u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2), *delta.stride()[:3], *B.stride()[:4],
-            *C.stride()[:4], *(z_rows.stride()[:2] if z is not None else (0, 0)),
+            *C.stride()[:4], *(z.stride()[:2] if z is not None else (0, 0)),
             N=N, BLOCK_N=block_n, BLOCK_D=block_d, CHUNK=CHUNK, UNROLL=UNROLL, WINDOW=window,
             SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             HAS_INITIAL=initial_state is not None, HAS_TABLE=paths is not None, SAVE=save_states, ONE_PATH=one_path,
