@@ -1,11 +1,12 @@
 """What the launches of all Triton kernels share."""
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous_channels", "device_guard"]
+__all__ = ["contiguous_channels", "device_guard", "multiprocessors"]
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
@@ -16,3 +17,13 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
 def contiguous_channels(x: Tensor) -> Tensor:
     """The tensor itself if its last dimension is contiguous, which is all the kernels ask for, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; 1 for the CPU, where Triton's interpreter runs."""
+    return (
+        1
+        if device.type == "cpu"
+        else torch.get_device_module(device).get_device_properties(device).multi_processor_count
+    )

@@ -30,6 +30,7 @@ class Case:
     G: int = 1
     shared_u: bool = False
     table: bool = False
+    complete: bool = False
     softplus: bool = True
     window: int = 1
     optional: tuple[str, ...] = ("D", "z", "delta_bias")
@@ -63,10 +64,13 @@ class Case:
         }
 
     def paths(self, device: str) -> Tensor | None:
-        """Random partial orders with a zero token in the middle and steps past the end of the path."""
+        """Random orders: partial ones with a zero token in the middle and steps past the end, or complete ones."""
         if not self.table:
             return None
         generator = torch.Generator().manual_seed(1)
+        if self.complete:  # every order is walked by K / U paths
+            orders = max(1, self.K // 2)
+            return torch.stack([torch.randperm(self.L, generator=generator) for _ in range(orders)]).to(device)
         table = torch.full((self.K, self.L), -2)
         for k in range(self.K):
             visited = self.L - self.L // 4
@@ -76,6 +80,8 @@ class Case:
 
     @property
     def reverse(self) -> list[bool]:
+        if self.complete:
+            return [k >= self.K // 2 for k in range(self.K)]
         return [k % 2 == 1 for k in range(self.K)]
 
 
@@ -91,6 +97,12 @@ CASES = {
     "window": Case(1, CHUNK + 13, 6, 3, K=2, window=8, optional=("D", "z", "delta_bias", "initial_state")),
     "window_table": Case(2, 21, 5, 4, K=2, G=5, table=True, window=4, optional=("D", "z", "delta_bias")),
     "one_token": Case(1, 1, 3, 2, optional=("D",)),
+    "matrix": Case(1, CHUNK + 3, 37, 16, optional=("D", "z", "delta_bias")),
+    "regions": Case(1, 4 * CHUNK + 9, 5, 3, K=2, optional=("D", "z", "delta_bias", "initial_state")),
+    "regions_orders": Case(1, 4 * CHUNK + 9, 6, 1, K=4, shared_u=True, table=True, complete=True),
+    "regions_window": Case(1, 4 * CHUNK + 9, 3, 12, K=2, window=8, optional=("D", "z", "initial_state")),
+    "regions_table": Case(1, 4 * CHUNK + 9, 3, 2, K=2, table=True, optional=("z", "initial_state")),
+    "orders": Case(2, 15, 5, 9, K=4, table=True, complete=True),
 }
 INTERPRETED = (
     "window_table",
@@ -99,6 +111,12 @@ INTERPRETED = (
     "table",
     "one_table",
     "bare",
+    "matrix",
+    "regions",
+    "regions_orders",
+    "regions_window",
+    "regions_table",
+    "orders",
 )  # the interpreter takes seconds a case
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -115,6 +133,7 @@ def run_op(case: Case, inputs: dict, cotangents: tuple[Tensor, Tensor], backend_
             case.softplus,
             case.reverse,
             case.window,
+            case.complete,
             True,
         )
         loss = (out.double() * cotangents[0]).sum() + (last_state.double() * cotangents[1]).sum()
@@ -165,6 +184,16 @@ def test_equals_definition_in_float64(backend_name, device, case_name):
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("case_name", ["matrix", "regions"])
+def test_precision_interpreted(dtype, tolerance, case_name):
+    """float64 takes other ways than the narrower types: exact logarithms, sums without the matrix unit."""
+    case = CASES[case_name]
+    inputs, cotangents = case.inputs(dtype, "cpu"), cotangents_for(case, "cpu")
+    assert_close(run_op(case, inputs, cotangents, "triton"), run_reference(case, inputs, cotangents), tolerance)
+
+
+@pytest.mark.interpreted
 def test_wide_offsets(monkeypatch):
     """Tensors whose rows do not fit 32-bit offsets take 64-bit ones; forced here, as such tensors have gigabytes."""
     tl = pytest.importorskip("triton.language")
@@ -181,7 +210,9 @@ def test_wide_offsets(monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
-@pytest.mark.parametrize("case_name", ["chunks", "bidirectional", "cross", "one_token"])
+@pytest.mark.parametrize(
+    "case_name", ["chunks", "bidirectional", "cross", "one_token", "matrix", "regions", "regions_orders", "orders"]
+)
 def test_precision(device, dtype, tolerance, case_name):
     case = CASES[case_name]
     inputs, cotangents = case.inputs(dtype, device), cotangents_for(case, device)
@@ -328,7 +359,15 @@ def test_drop_in_accepts_every_rank_of_B_and_C(B_rank, C_rank):
 def test_opcheck(device, case_name):
     case = CASES[case_name]
     inputs = case.inputs(torch.float32, device)
-    args = (*(inputs[name] for name in NAMES), case.paths(device), case.softplus, case.reverse, case.window, True)
+    args = (
+        *(inputs[name] for name in NAMES),
+        case.paths(device),
+        case.softplus,
+        case.reverse,
+        case.window,
+        case.complete,
+        True,
+    )
     torch.library.opcheck(torch.ops.zoo.selective_scan.default, args)
 
 
@@ -389,7 +428,7 @@ def good_inputs() -> dict:
         (dict(B=torch.randn(2, 7, 3, 3), C=torch.randn(2, 7, 3, 3)), r"4 channels do not divide into 3 groups"),
         (dict(paths=torch.zeros(7)), r"int32 or int64 table"),
         (dict(paths=torch.full((7,), 7)), r"paths names token 7"),
-        (dict(window=5), r"window must be one of 1, 2, 4, 8, 16, 32, got 5"),
+        (dict(window=5), r"window must be one of 1, 2, 4, 8, 16, got 5"),
         (dict(reverse=[True, False]), r"reverse has 2 flags for 1 path"),
         (dict(z=torch.empty(2, 7, 4, device="meta")), r"z is on meta but u is on cpu"),
         (

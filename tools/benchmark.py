@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,12 +119,30 @@ def our_scan(**inputs: Tensor) -> Tensor:
     )
 
 
-def milliseconds(function: Callable[[], object], device: str) -> float:
-    """Median time of one call after a warm-up."""
-    if device == "cuda":
-        from triton.testing import do_bench
+def device_milliseconds(function: Callable[[], object], calls: int = 12) -> float:
+    """Median of several queued calls, each timed by events, with the cache overwritten before it."""
+    overwrite = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(150_000_000)  # clock cycles: some 80 ms, in which the host queues the calls
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for start, end in events:
+        overwrite.zero_()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
-        return do_bench(function, warmup=50, rep=300, return_mode="median")
+
+def milliseconds(function: Callable[[], object], device: str) -> float:
+    """Median time of one call after a warm-up; on a GPU, of the device alone and with a cold cache.
+
+    The device is kept busy until all calls are queued, so that it never waits for the host.
+    """
+    if device == "cuda":
+        return device_milliseconds(function)
     function()
     timer = Timer("function()", globals=dict(function=function), num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=1.0).median * 1e3

@@ -39,6 +39,7 @@ def selective_scan(
     paths: Tensor | None = None,
     reverse: bool | Sequence[bool] = False,
     window: int = 1,
+    complete: bool = False,
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -62,14 +63,17 @@ def selective_scan(
             most once. Default: the tokens in order.
         reverse: Whether the path is walked from its end to its beginning.
         window: Steps of a locally bidirectional window (LBMamba, arXiv 2506.15976): a token also sees the later tokens
-            of its window, through the same decays. 1, a plain scan, to 32, powers of two. Windows start at the first
+            of its window, through the same decays. 1, a plain scan, to 16, powers of two. Windows start at the first
             step of the path; the last one may be shorter. The last state is that of the plain scan.
+        complete: Promises that every row of ``paths`` has all tokens and nothing else, which spares a buffer of zeros
+            and a pass over it. A promise broken by a table on a GPU, where it is not checked, gives wrong results.
         initial_state: State before the first step, (B, D, N). Default zeros.
         return_last_state: Whether to return the state after the last step too.
 
     K paths (``A`` has three dimensions): ``A`` (K, D, N), ``D`` and ``delta_bias`` (K, D), ``delta`` (B, K, L, D),
-    ``B`` and ``C`` (B, K, L, N) or (B, K, L, G, N), ``initial_state`` (B, K, D, N), ``paths`` (K, P), ``reverse`` one
-    flag or K flags; ``u`` is (B, L, D) if all paths read the same input, else (B, K, L, D). ``z`` stays (B, L, D).
+    ``B`` and ``C`` (B, K, L, N) or (B, K, L, G, N), ``initial_state`` (B, K, D, N), ``reverse`` one flag or K flags,
+    ``paths`` (U, P) where U divides K: path k walks row k mod U, so that an order walked from both ends is one row.
+    ``u`` is (B, L, D) if all paths read the same input, else (B, K, L, D). ``z`` stays (B, L, D).
 
     Returns:
         Output (B, L, D) in the dtype of ``u``; with ``return_last_state`` also the last state, (B, D, N) or
@@ -105,7 +109,9 @@ def selective_scan(
     reverse = [reverse] * A.shape[0] if isinstance(reverse, bool) else list(reverse)
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out, last_state, _ = torch.ops.zoo.selective_scan(*inputs, paths, delta_softplus, reverse, window, needs_grad)
+    out, last_state, _ = torch.ops.zoo.selective_scan(
+        *inputs, paths, delta_softplus, reverse, window, complete, needs_grad
+    )
     if not return_last_state:
         return out
     return out, (last_state if several else last_state.squeeze(1))

@@ -161,6 +161,7 @@ def forward(
     delta_softplus: bool,
     reverse: list[bool],
     window: int,
+    complete: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, L, D), last state (B, K, D, N) and chunk-boundary states (B, K, chunks, N, D)."""
@@ -175,7 +176,7 @@ def forward(
     decays = u.new_empty(CHUNK, batch, N, channels, dtype=dtype)
 
     for k in range(K):
-        walk = _Walk(None if paths is None else paths[k], L, reverse[k], u.device)
+        walk = _Walk(None if paths is None else paths[k % len(paths)], L, reverse[k], u.device)
         A_k = A[k].to(dtype).t().contiguous()  # (N, D)
         D_k, bias_k = _of_path(D, k, dtype), _of_path(delta_bias, k, dtype)
         h = u.new_zeros(batch, N, channels, dtype=dtype)
@@ -215,6 +216,7 @@ def backward(
     delta_softplus: bool,
     reverse: list[bool],
     window: int,
+    complete: bool,
 ) -> list[Tensor]:
     """Gradients of the tensors given, in argument order.
 
@@ -238,7 +240,7 @@ def backward(
     grads = u.new_empty(CHUNK, batch, N, channels, dtype=dtype)
 
     for k in range(K):
-        walk = _Walk(None if paths is None else paths[k], L, reverse[k], u.device)
+        walk = _Walk(None if paths is None else paths[k % len(paths)], L, reverse[k], u.device)
         A_k = A[k].to(dtype).t().contiguous()  # (N, D)
         D_k, bias_k = _of_path(D, k, dtype), _of_path(delta_bias, k, dtype)
         from_future = u.new_zeros(batch, N, channels, dtype=dtype)  # gradient that reaches a chunk's last state

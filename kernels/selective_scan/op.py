@@ -1,7 +1,8 @@
 """``torch.ops.zoo.selective_scan``: checks, backend dispatch, fake kernels, autograd and FLOP count.
 
 Canonical shapes, one for every caller: u (B, 1 or K, L, D), delta (B, K, L, D), A (K, D, N), B and C (B, K, L, G, N),
-D and delta_bias (K, D), z (B, L, D), initial_state (B, K, D, N), paths (K, P) integer, reverse K flags.
+D and delta_bias (K, D), z (B, L, D), initial_state (B, K, D, N), reverse K flags, paths (U, P) integer: path k walks
+row k mod U.
 The public function in ``__init__.py`` adds and removes the K and G dimensions.
 
 Besides output and last state the op returns the states at chunk boundaries, (B, K, chunks, N, D): all that the
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels._backend import backend
 
-CHUNK = 32  # steps between two saved states
+CHUNK = 16  # steps between two saved states
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -106,9 +107,9 @@ def check_inputs(
         divisors = ", ".join(str(size) for size in range(1, CHUNK + 1) if CHUNK % size == 0)
         raise ValueError(f"selective_scan: window must be one of {divisors}, got {window}")
     integers = (torch.int32, torch.int64)
-    if paths is not None and (paths.dim() != 2 or paths.shape[0] != K or paths.dtype not in integers):
+    if paths is not None and (paths.dim() != 2 or K % max(1, paths.shape[0]) or paths.dtype not in integers):
         raise ValueError(
-            f"selective_scan: paths must be an int32 or int64 table (K, P) with K={K}, "
+            f"selective_scan: paths must be an int32 or int64 table (U, P) whose rows divide the {K} paths, "
             f"got {_show(paths.shape)} of {paths.dtype}"
         )
     for name, x in dict(u=u, delta=delta, B=B, C=C, z=z).items():
@@ -125,12 +126,17 @@ def check_inputs(
             raise ValueError(f"selective_scan: {name} is on {x.device} but u is on {u.device}; move them together")
 
 
-def _check_tokens(paths: Tensor, L: int) -> None:
+def _check_tokens(paths: Tensor, L: int, complete: bool) -> None:
     lowest, highest = int(paths.min()), int(paths.max())
     if highest >= L or lowest < -2:
         token = highest if highest >= L else lowest
         raise ValueError(
             f"selective_scan: paths names token {token}; tokens are 0 to {L - 1}, -1 for zero, -2 for none"
+        )
+    if complete and (paths.shape[1] != L or lowest < 0):
+        raise ValueError(
+            f"selective_scan: complete=True promises rows of paths with all {L} tokens and nothing else; "
+            f"they have {paths.shape[1]} entries, the lowest {lowest}"
         )
 
 
@@ -149,18 +155,35 @@ def selective_scan_op(
     delta_softplus: bool,
     reverse: list[bool],
     window: int,
+    complete: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse, window)
     if paths is not None and not paths.is_cuda:  # reading a GPU's table would stall it
-        _check_tokens(paths, u.shape[2])
+        _check_tokens(paths, u.shape[2], complete)
     return _implementation(u.device).forward(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, save_states
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        initial_state,
+        paths,
+        delta_softplus,
+        reverse,
+        window,
+        complete,
+        save_states,
     )
 
 
 @selective_scan_op.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, save_states):
+def _(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, complete, save_states
+):
     check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse, window)
     batch, _, L, channels = u.shape
     K, _, N = A.shape
@@ -191,11 +214,12 @@ def selective_scan_backward_op(
     delta_softplus: bool,
     reverse: list[bool],
     window: int,
+    complete: bool,
 ) -> list[Tensor]:
     """Gradients of u, delta, A, B, C, then of D, z, delta_bias and initial_state as far as they were given."""
     return _implementation(u.device).backward(
         grad_out, grad_last_state, states,
-        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window,
+        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, complete,
     )  # fmt: skip
 
 
@@ -217,16 +241,17 @@ def _(
     delta_softplus,
     reverse,
     window,
+    complete,
 ):
     given = [x for x in (u, delta, A, B, C, D, z, delta_bias, initial_state) if x is not None]
     return [x.new_empty(x.shape) for x in given]
 
 
 def _setup_context(ctx, inputs, output):
-    (u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, save_states) = inputs
+    *tensors, delta_softplus, reverse, window, complete, save_states = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], u, delta, A, B, C, D, z, delta_bias, initial_state, paths)
-    ctx.delta_softplus, ctx.reverse, ctx.window, ctx.save_states = delta_softplus, reverse, window, save_states
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.options, ctx.save_states = (delta_softplus, reverse, window, complete), save_states
     ctx.mark_non_differentiable(output[2])
 
 
@@ -236,12 +261,10 @@ def _backward(ctx, grad_out, grad_last_state, _):
     states, u, *rest = ctx.saved_tensors
     if grad_out is None:
         grad_out = u.new_zeros(u.shape[0], u.shape[2], u.shape[3])
-    grads = torch.ops.zoo.selective_scan_backward(
-        grad_out, grad_last_state, states, u, *rest, ctx.delta_softplus, ctx.reverse, ctx.window
-    )
+    grads = torch.ops.zoo.selective_scan_backward(grad_out, grad_last_state, states, u, *rest, *ctx.options)
     remaining = iter(grads)
     inputs = (u, *rest[:-1])  # all but paths
-    return (*[None if x is None else next(remaining) for x in inputs], None, None, None, None, None)
+    return (*[None if x is None else next(remaining) for x in inputs], *[None] * 6)
 
 
 selective_scan_op.register_autograd(_backward, setup_context=_setup_context)

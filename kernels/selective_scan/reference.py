@@ -4,7 +4,7 @@
 backend (``ZOO_BACKEND=reference``), with the gradients written out step by step as well.
 
 Canonical shapes (see ``op.py``): u (B, 1 or K, L, D), delta (B, K, L, D), A (K, D, N), B and C (B, K, L, G, N),
-D and delta_bias (K, D), z (B, L, D), initial_state (B, K, D, N), paths (K, P).
+D and delta_bias (K, D), z (B, L, D), initial_state (B, K, D, N), paths (U, P).
 Everything runs in any float dtype, float64 included.
 """
 
@@ -17,9 +17,14 @@ from zoo.kernels.selective_scan.op import accumulate_dtype, num_chunks, path_len
 __all__ = ["backward", "forward", "selective_scan_reference"]
 
 
+def _row(paths: Tensor, k: int) -> Tensor:
+    """The row of a table that path k walks."""
+    return paths[k % paths.shape[0]]
+
+
 def _walk(paths: Tensor | None, k: int, length: int, reverse: bool, device: torch.device) -> Tensor:
     """Tokens that path k visits, in walking order; -1 is a zero token."""
-    tokens = torch.arange(length, device=device) if paths is None else paths[k][paths[k] >= -1].long()
+    tokens = torch.arange(length, device=device) if paths is None else _row(paths, k)[_row(paths, k) >= -1].long()
     return tokens.flip(0) if reverse else tokens
 
 
@@ -101,6 +106,7 @@ def forward(
     delta_softplus: bool,
     reverse: list[bool],
     window: int,
+    complete: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's forward; the backward below recomputes from the start, so the boundary states stay zero."""
@@ -130,6 +136,7 @@ def backward(
     delta_softplus: bool,
     reverse: list[bool],
     window: int,
+    complete: bool,
 ) -> list[Tensor]:
     """Gradients of the tensors given, in argument order, by the chain rule one step at a time."""
     dtype = accumulate_dtype(u)

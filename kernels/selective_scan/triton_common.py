@@ -1,70 +1,247 @@
-"""What the forward and the backward Triton kernel of the selective scan share."""
+"""What the forward and the backward Triton kernels of the selective scan share."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels._triton import device_guard
+
 __all__ = [
     "LOG2E",
-    "UNROLL",
     "block_shape",
+    "exp_of_minus_abs",
+    "log1p_of_unit",
+    "of_token",
     "offset_type",
+    "pack_projections",
+    "packed_row",
     "path_lengths",
-    "path_steps",
+    "readable",
+    "region_of",
+    "row_of",
+    "rows_at",
+    "sigmoid",
     "softplus",
+    "split_projections",
+    "state_cells",
     "states_first",
+    "step_size",
     "token_at",
+    "tokens_at",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
-UNROLL = 2  # steps whose loads are in flight together; the backward keeps that many states in registers
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + exp(x)), exact to rounding also where exp(x) is far below 1."""
-    e = tl.exp(-tl.abs(x))
-    series = e * (1.0 - e * (0.5 - e * 0.3333333333333333))
-    return tl.maximum(x, 0.0) + tl.where(e < 0.01, series, tl.log(1.0 + e))
+def exp_of_minus_abs(x):
+    """exp(-|x|), in (0, 1]."""
+    if x.dtype == tl.float64:
+        return tl.exp(-tl.abs(x))
+    return tl.exp2(-tl.abs(x) * LOG2E)
 
 
 @triton.jit
-def path_steps(lengths, path, columns, HAS_TABLE: tl.constexpr):
-    """Steps of a path: all columns of the table, or fewer if it ends in -2."""
-    if HAS_TABLE:
-        steps = tl.load(lengths + path)
+def log1p_of_unit(e, COARSE: tl.constexpr):
+    """log(1 + e) for e in [0, 1], by a polynomial: Triton's logarithm takes three times the instructions.
+
+    The coefficients minimise the largest relative error on [0, 1], which is 2e-7, or 6e-5 if COARSE.
+    """
+    if e.dtype == tl.float64:
+        series = e * (1.0 - e * (0.5 - e * (0.3333333333333333 - e * 0.25)))
+        return tl.where(e < 1e-4, series, tl.log(1.0 + e))
+    if COARSE:
+        p = e * 0.041347257792949677 - 0.157427117228508
+        p = p * e + 0.3063008785247803
+        p = p * e - 0.4969778060913086
+        p = p * e + 0.9999432563781738
     else:
-        steps = columns
-    return steps
+        p = e * -0.008539198897778988 + 0.04408959671854973
+        p = p * e - 0.10768166184425354
+        p = p * e + 0.17745238542556763
+        p = p * e - 0.24495461583137512
+        p = p * e + 0.33275479078292847
+        p = p * e - 0.4999740421772003
+        p = p * e + 0.9999998211860657
+    return p * e
 
 
 @triton.jit
-def token_at(table, path, columns, step, steps, backwards, HAS_TABLE: tl.constexpr, OFFSET: tl.constexpr):
-    """Token that a path reads at a step: >= 0 a token, -1 a zero token, -2 past the end, no step at all.
+def softplus(x, COARSE: tl.constexpr):
+    """log(1 + exp(x)), to rounding also where exp(x) is far below 1; if COARSE, to the rounding of 16-bit types."""
+    return tl.maximum(x, 0.0) + log1p_of_unit(exp_of_minus_abs(x), COARSE)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)); the reciprocal is a square of rsqrt, since Triton's division guards against ranges."""
+    if x.dtype == tl.float64:
+        return 1.0 / (1.0 + tl.exp(-x))
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return root * root
+
+
+@triton.jit
+def readable(d, channels, LANE: tl.constexpr):
+    """Channels d, wrapped around to where every pointer can be read; a lane's channels stay together."""
+    return tl.max_contiguous(tl.multiple_of(d % channels, LANE), LANE)
+
+
+@triton.jit
+def token_at(table, row, columns, step, end, steps, backwards, HAS_TABLE: tl.constexpr, OFFSET: tl.constexpr):
+    """Token that a path reads at a step, or -1 for a zero token; from ``end`` on, the last one again.
 
     Its type OFFSET is that of all offsets inside a batch element: 64 bits only where 32 do not suffice, since they cost
     twice the instructions.
     """
-    inside = step < steps
+    step = tl.maximum(tl.minimum(step, end - 1), 0)
     position = tl.where(backwards, steps - 1 - step, step)
     if HAS_TABLE:
-        token = tl.load(table + path * columns + position, mask=inside, other=-2)
-    else:
-        token = tl.where(inside, position, -2)
-    return token.to(OFFSET)
+        position = tl.load(table + row * columns + position)
+    return position.to(OFFSET)
 
 
-def block_shape(N: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_D, warps) of a program: one channel to a lane, at most 16 of its states in a thread's registers.
+@triton.jit
+def tokens_at(
+    table, row, columns, step, end, steps, backwards, STEPS: tl.constexpr, HAS_TABLE: tl.constexpr, OFFSET: tl.constexpr
+):
+    """Tokens of several steps, a tuple."""
+    tokens = ()
+    for j in tl.static_range(STEPS):
+        tokens = tokens + (token_at(table, row, columns, step + j, end, steps, backwards, HAS_TABLE, OFFSET),)
+    return tokens
+
+
+@triton.jit
+def row_of(token, HOLES: tl.constexpr):
+    """Row to read for a token; a zero token reads the first row, and what is read there is not used."""
+    if HOLES:
+        token = tl.maximum(token, 0)
+    return token
+
+
+@triton.jit
+def rows_at(tokens, pointers, row_stride, STEPS: tl.constexpr, HOLES: tl.constexpr):
+    """The rows of several tokens, a tuple. Nothing is masked: every pointer can be read."""
+    rows = ()
+    for j in tl.static_range(STEPS):
+        rows = rows + (tl.load(pointers + row_of(tokens[j], HOLES) * row_stride),)
+    return rows
+
+
+@triton.jit
+def packed_row(packed, BLOCK_N: tl.constexpr):
+    """Pointers to a row of ``pack_projections``, (2, BLOCK_N)."""
+    return packed + tl.arange(0, 2)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
+def split_projections(row):
+    """B and C (BLOCK_N,) of a row of ``pack_projections``, (2, BLOCK_N).
+
+    The row is fetched a value to a lane, so it waits in one register; only where it is used, every lane gets all of it.
+    Triton would undo that for separate rows of B and C, which are shorter than a warp.
+    """
+    return tl.split(tl.permute(row, (1, 0)))
+
+
+@triton.jit
+def of_token(row, token, HOLES: tl.constexpr, ACC: tl.constexpr):
+    """A token's row in the accumulation type, zero for a zero token."""
+    row = row.to(ACC)
+    if HOLES:
+        row = tl.where(token >= 0, row, 0.0)
+    return row
+
+
+@triton.jit
+def step_size(delta_j, bias, inside, SOFTPLUS: tl.constexpr, COARSE: tl.constexpr):
+    """delta + bias and the step size made of it, which is zero where there is no step."""
+    raw = delta_j + bias
+    step = raw
+    if SOFTPLUS:
+        step = softplus(raw, COARSE)
+    return raw, tl.where(inside, step, 0.0)
+
+
+@triton.jit
+def state_cells(n, d, channels, stride_N, BLOCK_N: tl.constexpr):
+    """Offsets of the states n of channels d in a tensor (..., N, D); ``stride_N`` is ``channels``, see block_shape."""
+    row = stride_N
+    if BLOCK_N < 16:
+        row = channels
+    return n[:, None] * row + d[None, :]
+
+
+@triton.jit
+def region_of(split, region, steps, mirrored):
+    """Steps [begin, end) of a region of a path.
+
+    Regions are counted along the path; mirrored ones from its end, so that a path and its reverse share their tokens.
+    """
+    begin = tl.minimum(split * region, steps)
+    end = tl.minimum(begin + region, steps)
+    return tl.where(mirrored, steps - end, begin), tl.where(mirrored, steps - begin, end)
+
+
+@triton.jit
+def pack_kernel(
+    B, C, packed, paths, L, groups, B_b, B_k, B_l, B_g, B_n, C_b, C_k, C_l, C_g, C_n,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    path = tl.program_id(1).to(tl.int64)
+    b, k = path // paths, path % paths
+    n = tl.arange(0, BLOCK_N)
+    token, group = (row // groups).to(tl.int64), row % groups
+    inside = row < L * groups
+    mask = inside[:, None] & (n < N)[None, :]
+    from_B = B + b * B_b + k * B_k + (token * B_l + group * B_g)[:, None] + n[None, :] * B_n
+    from_C = C + b * C_b + k * C_k + (token * C_l + group * C_g)[:, None] + n[None, :] * C_n
+    to = packed + ((path * L * groups + row) * 2 * BLOCK_N)[:, None] + n[None, :]
+    into = packed.dtype.element_ty
+    tl.store(to, tl.load(from_B, mask=mask, other=0.0).to(into), mask=inside[:, None])
+    tl.store(to + BLOCK_N, tl.load(from_C, mask=mask, other=0.0).to(into), mask=inside[:, None])
+
+
+def pack_projections(B: Tensor, C: Tensor, dtype: torch.dtype, block_n: int) -> Tensor:
+    """B and C (B, K, L, G, N) side by side, widened and padded with zeros: (B, K, L, G, 2, block_n).
+
+    Every lane of every warp reads these rows; converting them there takes a fifth of the forward's instructions.
+    """
+    batch, K, L, groups, N = B.shape
+    packed = torch.empty(batch, K, L, groups, 2, block_n, dtype=dtype, device=B.device)
+    rows = 64
+    with device_guard(B.device):
+        pack_kernel[(triton.cdiv(L * groups, rows), batch * K)](
+            B, C, packed, K, L, groups, *B.stride(), *C.stride(), N=N, BLOCK_N=block_n, ROWS=rows, num_warps=4
+        )
+    return packed
+
+
+def block_shape(N: int, channels: int) -> dict[str, int]:
+    """Sizes of a program: BLOCK_N states and BLOCK_D channels, all states of a channel in one lane.
 
     With the states of a channel in one thread, the sum over states needs no exchange between threads, and values that
-    belong to a channel (u, delta, z, y) are loaded by the very lane that uses them. Triton picks that layout by itself
-    as long as it cannot prove that several neighbouring channels may be loaded at once; hence ``stride_N``, whose
-    divisibility the kernels hide.
+    belong to a channel (u, delta, z, y) are loaded by the very lane that uses them. A lane holds up to 16 states: those
+    of LANE = 4 channels if each has at most 4, or of one channel. For one channel to a lane, Triton must not prove that
+    several neighbouring channels may be loaded at once; hence ``stride_N``, whose divisibility the kernels hide. More
+    than 16 states are shared among several warps.
+
+    A loop body has UNROLL steps, and fetches the rows of the next body's: with few warps, many bytes have to be on
+    their way to keep the memory busy.
+
+    Args:
+        N: States.
+        channels: Channels that share their B and C.
     """
     block_n = triton.next_power_of_2(N)
-    return block_n, 32, max(1, block_n // 16)
+    lane = 1
+    if channels % 4 == 0:
+        lane = max(1, min(4, 16 // block_n, triton.next_power_of_2(triton.cdiv(channels, 32))))
+    warps, unroll = max(1, block_n // 16), 4
+    return dict(BLOCK_N=block_n, BLOCK_D=32 * lane, LANE=lane, UNROLL=unroll, num_warps=warps)
 
 
 def states_first(x: Tensor | None) -> Tensor | None:
@@ -72,9 +249,9 @@ def states_first(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.transpose(-2, -1).contiguous()
 
 
-def path_lengths(paths: Tensor | None) -> Tensor | None:
-    """Steps of every path of a table (K, P), (K,): its columns before the first -2."""
-    return None if paths is None else (paths >= -1).sum(1, dtype=torch.int32)
+def path_lengths(paths: Tensor) -> Tensor:
+    """Steps of every row of a table (U, P), (U,): its columns before the first -2."""
+    return (paths >= -1).sum(1, dtype=torch.int32)
 
 
 def offset_type(L: int, *row_strides: int) -> tl.dtype:

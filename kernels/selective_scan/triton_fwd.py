@@ -1,8 +1,10 @@
 """Selective scan, forward, in Triton.
 
-One program owns a block of channels of one batch element and walks all its paths one after the other, with the
-(N, BLOCK_D) states in registers. Tokens are read where they lie: the order of a path is an index, never a copy. The
-outputs of several paths are added in a float32 buffer that the program alone touches, so the sum has a fixed order.
+One program owns a block of channels of one batch element and walks its paths one after the other, with the (N, BLOCK_D)
+states in registers. Tokens are read where they lie: the order of a path is an index, never a copy. The outputs of
+several paths are added in a float32 buffer that the program alone touches, so the sum has a fixed order.
+
+If that makes too few programs, paths are cut into regions (``triton_regions.py``).
 """
 
 import torch
@@ -14,137 +16,158 @@ from zoo.kernels._triton import contiguous_channels, device_guard
 from zoo.kernels.selective_scan.op import CHUNK, accumulate_dtype, num_chunks, path_length
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
-    UNROLL,
     block_shape,
+    of_token,
     offset_type,
+    pack_projections,
+    packed_row,
     path_lengths,
-    path_steps,
-    softplus,
+    readable,
+    region_of,
+    rows_at,
+    sigmoid,
+    split_projections,
+    state_cells,
     states_first,
-    token_at,
+    step_size,
+    tokens_at,
 )
+from zoo.kernels.selective_scan.triton_regions import carry_kernel, plan_launches, region_state_kernel
 
 __all__ = ["forward"]
 
 
-# `stride_N` is `channels` again, hidden from Triton's divisibility analysis: see `triton_common.block_shape`.
+# In all kernels `stride_N` is `channels` again, hidden from Triton's divisibility analysis: see `block_shape`.
 @triton.jit(do_not_specialize=["stride_N"])
-def selective_scan_fwd_kernel(
-    u, delta, A, B, C, D, z, bias, initial, table, lengths, out, merged, last_state, states, window_y,
-    L, P, K, channels, stride_N, group_channels, reverse_mask, chunks,
-    u_b, u_k, u_l, delta_b, delta_k, delta_l, B_b, B_k, B_l, B_g, C_b, C_k, C_l, C_g, z_b, z_l,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, SAVE: tl.constexpr, ONE_PATH: tl.constexpr,
-    ACC: tl.constexpr, OFFSET: tl.constexpr,
+def scan_kernel(
+    u, delta, A, packed, D, z, bias, initial, table, lengths, out, merged, last_state, states,
+    L, P, K, orders, first, stride, count, channels, stride_N, group_channels, reverse_mask, chunks, region, splits,
+    u_b, u_k, u_l, delta_b, delta_k, delta_l, z_b, z_l,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LANE: tl.constexpr, CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr, WINDOW: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr,
+    SPLIT: tl.constexpr, MIRRORED: tl.constexpr, SAVE: tl.constexpr, MERGE: tl.constexpr, COMPLETE: tl.constexpr,
+    COARSE: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
+    """Outputs of a region of the paths first, first + stride... (count of them).
+
+    ``initial`` holds the states before the first step, or with SPLIT those that enter every region. MERGE if outputs of
+    several paths are added; COMPLETE if every path visits every token, so that the first path need not add and the last
+    one can finish the output.
+    """
     blocks = tl.cdiv(group_channels, BLOCK_D)
     group = tl.program_id(0) // blocks
-    b = tl.program_id(1).to(tl.int64)
+    groups = channels // group_channels
+    split = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
     in_group = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     d = group * group_channels + in_group
     n = tl.arange(0, BLOCK_N)
     d_mask = in_group < group_channels
-    n_mask = n < N
-    state_mask = n_mask[:, None] & d_mask[None, :]
-
-    out_at = out + b * L * channels
+    state_mask = (n < N)[:, None] & d_mask[None, :]
+    cell = state_cells(n, d, channels, stride_N, BLOCK_N)
+    d_read = readable(d, channels, LANE)
+    packed_l = groups * 2 * BLOCK_N
+    out_at = out + b * L * channels + d
     if HAS_Z:
-        z_at = z + b * z_b
-    if not ONE_PATH:
-        merged_at = merged + b * L * channels
-    if WINDOW > 1:
-        window_at = window_y + b * WINDOW * channels + d
+        z_at = z + b * z_b + d_read
+    if MERGE:
+        merged_at = merged + b * L * channels + d_read
 
-    for k in range(K):
+    for i in range(count):
+        k = first + i * stride
         path = b * K + k
+        row = k % orders
         backwards = (reverse_mask >> k) & 1 == 1
-        steps = path_steps(lengths, k, P, HAS_TABLE)
-        u_at = u + b * u_b + k * u_k
-        delta_at = delta + b * delta_b + k * delta_k
-        B_at = B + b * B_b + k * B_k + group * B_g
-        C_at = C + b * C_b + k * C_k + group * C_g
-        A_k = tl.load(A + (k * N + n[:, None]) * stride_N + d[None, :], mask=state_mask, other=0.0).to(ACC) * LOG2E
+        steps = P
+        if HOLES:
+            steps = tl.load(lengths + row)
+        begin, end = region_of(split, region, steps, MIRRORED & backwards)
+        u_at = u + b * u_b + k * u_k + d_read
+        delta_at = delta + b * delta_b + k * delta_k + d_read
+        rows_of_packed = packed_row(packed + (path * L * groups + group) * 2 * BLOCK_N, BLOCK_N)
+        A_k = tl.load(A + k * N * channels + cell, mask=state_mask, other=0.0).to(ACC) * LOG2E
         bias_k = tl.zeros([BLOCK_D], ACC)
         if HAS_BIAS:
-            bias_k = tl.load(bias + k * channels + d, mask=d_mask, other=0.0).to(ACC)
+            bias_k = tl.load(bias + k * channels + d_read).to(ACC)
         D_k = tl.zeros([BLOCK_D], ACC)
         if HAS_D:
-            D_k = tl.load(D + k * channels + d, mask=d_mask, other=0.0).to(ACC)
+            D_k = tl.load(D + k * channels + d_read).to(ACC)
         h = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        if HAS_INITIAL:
-            at = initial + (path * N + n[:, None]) * stride_N + d[None, :]
-            h = tl.load(at, mask=state_mask, other=0.0).to(ACC)
+        if SPLIT:
+            h = tl.load(initial + (path * splits + split) * N * channels + cell, mask=state_mask, other=0.0)
+        elif HAS_INITIAL:
+            h = tl.load(initial + path * N * channels + cell, mask=state_mask, other=0.0).to(ACC)
+        finishes = k == K - 1
+        adds = (k > 0) | (not COMPLETE)
+        passes_on = (not finishes) | (not COMPLETE)
 
-        for start in range(0, P, UNROLL):
+        now = tokens_at(table, row, P, begin, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
+        soon = tokens_at(table, row, P, begin + UNROLL, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
+        u_t = rows_at(now, u_at, u_l, UNROLL, HOLES)
+        delta_t = rows_at(now, delta_at, delta_l, UNROLL, HOLES)
+        BC_t = rows_at(now, rows_of_packed, packed_l, UNROLL, HOLES)
+        if HAS_Z:
+            z_t = rows_at(now, z_at, z_l, UNROLL, HOLES)
+        if MERGE:
+            y_t = rows_at(now, merged_at, channels, UNROLL, HOLES)
+        for chunk in range(tl.cdiv(end - begin, CHUNK)):
+            chunk_begin = begin + chunk * CHUNK
             if SAVE:
-                if start % CHUNK == 0:
-                    row = (path * chunks + start // CHUNK) * N
-                    tl.store(states + (row + n[:, None]) * stride_N + d[None, :], h, mask=state_mask)
-            if WINDOW > 1:
-                if start % WINDOW == 0:
-                    tl.debug_barrier()  # the sums of the window before have been read
-                    future = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-                    for i in range(WINDOW):
-                        place = WINDOW - 1 - i
-                        token = token_at(table, k, P, start + place, steps, backwards, HAS_TABLE, OFFSET)
-                        mask = d_mask & (token >= 0)
-                        n_visited = n_mask & (token >= 0)
-                        u_j = tl.load(u_at + (token * u_l + d), mask=mask, other=0.0).to(ACC)
-                        step = tl.load(delta_at + (token * delta_l + d), mask=mask, other=0.0).to(ACC) + bias_k
-                        B_j = tl.load(B_at + (token * B_l + n), mask=n_visited, other=0.0).to(ACC)
-                        C_j = tl.load(C_at + (token * C_l + n), mask=n_visited, other=0.0).to(ACC)
-                        if SOFTPLUS:
-                            step = softplus(step)
-                        step = tl.where(token >= -1, step, 0.0)
-                        received = tl.exp2(step[None, :] * A_k) * future
-                        tl.store(window_at + place * channels, tl.sum(received * C_j[:, None], 0), mask=d_mask)
-                        future = received + (step * u_j)[None, :] * B_j[:, None]
-                    tl.debug_barrier()
-            tokens = ()
-            u_t = ()
-            delta_t = ()
-            B_t = ()
-            C_t = ()
-            z_t = ()
-            y_t = ()
-            for j in tl.static_range(UNROLL):
-                token = token_at(table, k, P, start + j, steps, backwards, HAS_TABLE, OFFSET)
-                visited = token >= 0
-                mask = d_mask & visited
-                tokens = tokens + (token,)
-                u_t = u_t + (tl.load(u_at + (token * u_l + d), mask=mask, other=0.0),)
-                delta_t = delta_t + (tl.load(delta_at + (token * delta_l + d), mask=mask, other=0.0),)
-                B_t = B_t + (tl.load(B_at + (token * B_l + n), mask=n_mask & visited, other=0.0),)
-                C_t = C_t + (tl.load(C_at + (token * C_l + n), mask=n_mask & visited, other=0.0),)
-                if HAS_Z:
-                    last = mask & (k == K - 1)
-                    z_t = z_t + (tl.load(z_at + (token * z_l + d), mask=last, other=0.0),)
-                if not ONE_PATH:
-                    started = mask & ((k > 0) | HAS_TABLE)
-                    y_t = y_t + (tl.load(merged_at + (token * channels + d), mask=started, other=0.0),)
-            for j in tl.static_range(UNROLL):
-                token = tokens[j]
-                mask = d_mask & (token >= 0)
-                u_j = u_t[j].to(ACC)
-                step = delta_t[j].to(ACC) + bias_k
-                if SOFTPLUS:
-                    step = softplus(step)
-                step = tl.where(token >= -1, step, 0.0)
-                h = tl.exp2(step[None, :] * A_k) * h + (step * u_j)[None, :] * B_t[j].to(ACC)[:, None]
-                y = tl.sum(h * C_t[j].to(ACC)[:, None], 0) + D_k * u_j
+                saved = (path * chunks + split * (region // CHUNK) + chunk) * N
+                tl.store(states + saved * channels + cell, h, mask=state_mask)
+            for start in range(chunk_begin, tl.minimum(chunk_begin + CHUNK, end), UNROLL):
                 if WINDOW > 1:
-                    y += tl.load(window_at + (start + j) % WINDOW * channels, mask=d_mask, other=0.0)
-                if not ONE_PATH:
-                    y += y_t[j]
-                    tl.store(merged_at + (token * channels + d), y, mask=mask & ((k < K - 1) | HAS_TABLE))
-                if not HAS_TABLE:
-                    if HAS_Z:
-                        z_j = z_t[j].to(ACC)
-                        y = y * z_j / (1.0 + tl.exp(-z_j))
-                    tl.store(out_at + (token * channels + d), y.to(out.dtype.element_ty), mask=mask & (k == K - 1))
-        tl.store(last_state + (path * N + n[:, None]) * stride_N + d[None, :], h, mask=state_mask)
+                    from_later = ()  # what C reads of the later steps of a window, for every step
+                    later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                    for j in tl.static_range(UNROLL - 1, -1, -1):
+                        if (j + 1) % WINDOW == 0:
+                            later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                        u_j = of_token(u_t[j], now[j], HOLES, ACC)
+                        delta_j = of_token(delta_t[j], now[j], HOLES, ACC)
+                        _, step = step_size(delta_j, bias_k, start + j < end, SOFTPLUS, COARSE)
+                        B_j, C_j = split_projections(BC_t[j])
+                        received = tl.exp2(step[None, :] * A_k) * later
+                        from_later = (tl.sum(received * C_j[:, None], 0),) + from_later
+                        later = received + tl.where(start + j < end, step * u_j, 0.0)[None, :] * B_j[:, None]
+                # The next steps' rows are on their way while these are computed. They are asked for all at once: a warp
+                # can tell only six groups of outstanding loads apart, and would wait for the last of a group.
+                u_next = rows_at(soon, u_at, u_l, UNROLL, HOLES)
+                delta_next = rows_at(soon, delta_at, delta_l, UNROLL, HOLES)
+                BC_next = rows_at(soon, rows_of_packed, packed_l, UNROLL, HOLES)
+                if HAS_Z:
+                    z_next = rows_at(soon, z_at, z_l, UNROLL, HOLES)
+                if MERGE:
+                    y_next = rows_at(soon, merged_at, channels, UNROLL, HOLES)
+                for j in tl.static_range(UNROLL):
+                    token = now[j]
+                    u_j = of_token(u_t[j], token, HOLES, ACC)
+                    delta_j = of_token(delta_t[j], token, HOLES, ACC)
+                    mask = d_mask & (start + j < end)
+                    if HOLES:
+                        mask = mask & (token >= 0)
+                    _, step = step_size(delta_j, bias_k, start + j < end, SOFTPLUS, COARSE)
+                    B_j, C_j = split_projections(BC_t[j])
+                    h = tl.exp2(step[None, :] * A_k) * h + (step * u_j)[None, :] * B_j[:, None]
+                    y = tl.sum(h * C_j[:, None], 0) + D_k * u_j
+                    if WINDOW > 1:
+                        y += from_later[j]
+                    if MERGE:
+                        y += tl.where(adds, y_t[j], 0.0)
+                        tl.store(merged_at + token * channels, y, mask=mask & passes_on)
+                    if COMPLETE:
+                        if HAS_Z:
+                            z_j = z_t[j].to(ACC)
+                            y = y * z_j * sigmoid(z_j)
+                        tl.store(out_at + token * channels, y.to(out.dtype.element_ty), mask=mask & finishes)
+                now, u_t, delta_t, BC_t = soon, u_next, delta_next, BC_next
+                if HAS_Z:
+                    z_t = z_next
+                if MERGE:
+                    y_t = y_next
+                soon = tokens_at(table, row, P, start + 2 * UNROLL, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
+        if not SPLIT:
+            tl.store(last_state + path * N * channels + cell, h, mask=state_mask)
         tl.debug_barrier()
 
 
@@ -162,6 +185,7 @@ def forward(
     delta_softplus: bool,
     reverse: list[bool],
     window: int,
+    complete: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, L, D), last state (B, K, D, N) and chunk-boundary states (B, K, chunks, N, D)."""
@@ -170,37 +194,61 @@ def forward(
     groups = B.shape[3]
     steps = path_length(u, paths)
     dtype = accumulate_dtype(u)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
     chunks = num_chunks(steps) if save_states else 0
-    one_path = K == 1 and paths is None
+    complete = complete or paths is None
+    merge = K > 1 or not complete
+    block = block_shape(N, channels // groups)
+    launches, splits, region = plan_launches(u, A, groups, paths, window)
+    reverse_mask = sum(1 << k for k in range(K) if reverse[k])
+    orders = 1 if paths is None else paths.shape[0]
+
     out = u.new_empty(batch, L, channels)
     last_state = u.new_empty(batch, K, N, channels, dtype=dtype)
     states = u.new_empty(batch, K, chunks, N, channels, dtype=dtype)
     merged = None
-    if not one_path:
-        allocate = torch.empty if paths is None else torch.zeros  # a table need not visit every token
-        merged = allocate(batch, L, channels, dtype=dtype, device=u.device)
-    window_y = u.new_empty(batch, window, channels, dtype=dtype) if window > 1 else None
+    if merge:
+        merged = (torch.empty if complete else torch.zeros)(batch, L, channels, dtype=dtype, device=u.device)
 
-    u, delta, B, C = contiguous_channels(u), contiguous_channels(delta), contiguous_channels(B), contiguous_channels(C)
+    u, delta = contiguous_channels(u), contiguous_channels(delta)
     z = None if z is None else contiguous_channels(z)
-    A, initial_state = states_first(A), states_first(initial_state)
+    A, entering = states_first(A), states_first(initial_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
-    z_stride = 0 if z is None else z.stride(1)
-    block_n, block_d, warps = block_shape(N)
-    grid = (groups * triton.cdiv(channels // groups, block_d), batch)
+    lengths = None if complete else path_lengths(paths)
+    packed = pack_projections(B, C, dtype, block["BLOCK_N"])
+    u_strides = (u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2))
+    z_strides = (0, 0) if z is None else z.stride()[:2]
+    unroll = max(block.pop("UNROLL"), window)  # a window is walked backwards in registers
+    scan = dict(
+        UNROLL=unroll, LANE=block.pop("LANE"), SOFTPLUS=delta_softplus, HAS_BIAS=delta_bias is not None,
+        HAS_TABLE=paths is not None, HOLES=not complete, COARSE=delta.dtype.itemsize == 2,
+        OFFSET=offset_type(L, u.stride(2), delta.stride(2), packed.stride(2), channels, z_strides[1]),
+    )  # fmt: skip
+    common = dict(N=N, ACC=acc, **block)
+    blocks = groups * triton.cdiv(channels // groups, block["BLOCK_D"])
     with device_guard(u.device):
-        selective_scan_fwd_kernel[grid](
-            u, delta, A, B, C, D, z, delta_bias, initial_state, paths, path_lengths(paths),
-            out, merged, last_state, states, window_y,
-            L, steps, K, channels, channels, channels // groups, sum(1 << k for k in range(K) if reverse[k]), chunks,
-            u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2), *delta.stride()[:3], *B.stride()[:4],
-            *C.stride()[:4], *(z.stride()[:2] if z is not None else (0, 0)),
-            N=N, BLOCK_N=block_n, BLOCK_D=block_d, CHUNK=CHUNK, UNROLL=UNROLL, WINDOW=window,
-            SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
-            HAS_INITIAL=initial_state is not None, HAS_TABLE=paths is not None, SAVE=save_states, ONE_PATH=one_path,
-            OFFSET=offset_type(L, u.stride(2), delta.stride(2), B.stride(2), C.stride(2), channels, z_stride),
-            ACC=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=warps,
-        )  # fmt: skip
-    if paths is not None:
+        if splits > 1:
+            initial, entering = entering, u.new_empty(batch, K, splits, N, channels, dtype=dtype)
+            sums = u.new_empty(batch, K, splits, channels, dtype=dtype)
+            region_state_kernel[(blocks, splits, batch * K)](
+                u, delta, A, packed, delta_bias, paths, lengths, entering, sums,
+                L, steps, K, orders, channels, channels, channels // groups, reverse_mask, region, splits,
+                *u_strides, *delta.stride()[:3], MIRRORED=launches[0].mirrored, **common, **scan,
+            )  # fmt: skip
+            carry_kernel[(triton.cdiv(channels, block["BLOCK_D"]), batch * K)](
+                A, initial, entering, sums, last_state, K, splits, channels, channels, reverse_mask,
+                AHEAD=4, FROM_END=False, MIRRORED=launches[0].mirrored, HAS_INITIAL=initial is not None,
+                HAS_LAST=True, **common,
+            )  # fmt: skip
+        for launch in launches:
+            scan_kernel[(blocks, splits, batch)](
+                u, delta, A, packed, D, z, delta_bias, entering, paths, lengths, out, merged, last_state, states,
+                L, steps, K, orders, launch.first, launch.stride, launch.count, channels, channels,
+                channels // groups, reverse_mask, chunks, region, splits, *u_strides, *delta.stride()[:3], *z_strides,
+                CHUNK=CHUNK, WINDOW=window, HAS_D=D is not None, HAS_Z=z is not None,
+                HAS_INITIAL=entering is not None, SPLIT=splits > 1, MIRRORED=launch.mirrored, SAVE=save_states,
+                MERGE=merge, COMPLETE=complete, **common, **scan,
+            )  # fmt: skip
+    if not complete:
         out = (merged if z is None else merged * torch.nn.functional.silu(z.to(dtype))).to(u.dtype)
     return out, last_state.transpose(2, 3), states
