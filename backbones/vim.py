@@ -14,6 +14,8 @@ Differences from the original:
 5. A_log, D, step biases and convolution biases are all exempt from weight decay; the original decays A_log.
 6. Dense features come from ``forward_intermediates``; ``source`` says whether a feature is the residual stream or the
    output of the mixer alone (the original's two segmentation settings).
+7. Options of later work: locally bidirectional scans (``lb_window``), blocks that read in alternating directions
+   (``alternate``), stochastic shuffling of the tokens (``layer_shuffle``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +47,8 @@ from zoo.backbones.layers.class_token import (
     num_class_tokens,
     split_class_tokens,
 )
-from zoo.backbones.layers.mamba import Directions, MambaMixer, Merge
+from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
+from zoo.backbones.layers.mamba import Directions, MambaMixer, Merge, stack_mixer_parameters
 from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.position import record_input_size, resample_pos_embed, rotary_table
 from zoo.registry import packaged_weights
@@ -53,7 +56,6 @@ from zoo.registry import packaged_weights
 __all__ = ["VisionMamba"]
 
 NORM_LAYERS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
-GLOBAL_POOLS = ("token", "avg", "last", "max_logit", "")
 FeatureSource = Literal["stream", "mixer"]
 
 
@@ -77,9 +79,10 @@ class VimBlock(nn.Module):
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, stream: Tensor) -> Tensor:
-        """Residual stream (B, L, D) in any float dtype to the mixer's output (B, L, D)."""
-        return self.mixer(self.norm(stream.to(self.norm.weight.dtype)))
+    def forward(self, stream: Tensor, order: TokenOrder | None = None) -> Tensor:
+        """Residual stream (B, L, D) in any float dtype to the mixer's output (B, L, D), read in the order given."""
+        tokens = shuffle_tokens(self.norm(stream.to(self.norm.weight.dtype)), order)
+        return restore_tokens(self.mixer(tokens), order)
 
     def add(self, stream: Tensor, update: Tensor) -> Tensor:
         """The stream after this block, in the stream's dtype or wider."""
@@ -94,9 +97,9 @@ class VimBlockPair(nn.Module):
         self.forward_block = forward_block
         self.backward_block = backward_block
 
-    def forward(self, stream: Tensor) -> Tensor:
+    def forward(self, stream: Tensor, order: TokenOrder | None = None) -> Tensor:
         """Residual stream (B, L, D) to the sum of both mixers' outputs (B, L, D)."""
-        return self.forward_block(stream) + self.backward_block(stream)
+        return self.forward_block(stream, order) + self.backward_block(stream, order)
 
     def add(self, stream: Tensor, update: Tensor) -> Tensor:
         """The stream after this pair: each block contributes its own copy of the stream."""
@@ -125,6 +128,9 @@ class VisionMamba(nn.Module):
         directions: What a block scans, see :class:`~zoo.backbones.layers.mamba.MambaMixer`.
         merge: Whether a block averages or adds its directions.
         paired_blocks: Whether blocks work in pairs on the same stream, the second one on the flipped sequence.
+        alternate: Whether every second block reads the tokens from the last to the first.
+        lb_window: Steps of a locally bidirectional window in the scans (LBMamba, arXiv 2506.15976), a power of two up
+            to 32: 1 for none, None for the published choice by sequence length.
         class_token: Place of the class token(s) in the sequence, or None.
         pos_embed: Whether a learned position embedding is added.
         rope: Whether 2D rotary embedding turns the tokens before every block.
@@ -135,6 +141,9 @@ class VisionMamba(nn.Module):
         norm_eps: Epsilon of the norms.
         residual_in_fp32: Whether the residual stream is float32 when the model or autocast is 16-bit.
         layer_scale: Initial value of a learned factor per channel on each block's output; default none.
+        layer_shuffle: Probability that the last block reads the tokens in a random order during training
+            (ShuffleMamba, arXiv 2408.17081); it grows linearly from 0 at the first block.
+        shuffle_per_sample: Whether every sample of a batch is shuffled in its own way.
         drop_rate: Dropout before the classifier.
         pos_drop_rate: Dropout after the position embedding.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
@@ -142,6 +151,8 @@ class VisionMamba(nn.Module):
     Raises:
         ValueError: If an argument is not one of its choices or does not fit another.
     """
+
+    global_pools = ("token", "avg", "last", "max_logit", "")
 
     def __init__(
         self,
@@ -162,6 +173,8 @@ class VisionMamba(nn.Module):
         directions: Directions = "bidirectional",
         merge: Merge = "mean",
         paired_blocks: bool = False,
+        alternate: bool = False,
+        lb_window: int | None = 1,
         class_token: ClassToken | None = "middle",
         pos_embed: bool = True,
         rope: bool = False,
@@ -172,6 +185,8 @@ class VisionMamba(nn.Module):
         norm_eps: float = 1e-5,
         residual_in_fp32: bool = True,
         layer_scale: float | None = None,
+        layer_shuffle: float = 0.0,
+        shuffle_per_sample: bool = False,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -193,6 +208,7 @@ class VisionMamba(nn.Module):
         self.class_token = class_token
         self.num_prefix_tokens = num_class_tokens(class_token)
         self.dynamic_img_size = dynamic_img_size
+        self.alternate = alternate
         self.residual_in_fp32 = residual_in_fp32
         self.rope = rope
         self.rope_residual = rope_residual
@@ -213,23 +229,23 @@ class VisionMamba(nn.Module):
         def make_norm() -> nn.Module:
             return NORM_LAYERS[norm_layer](embed_dim, eps=norm_eps, **dd)
 
-        def make_block(drop_path: float, flipped: bool = False) -> VimBlock:
+        def make_block(drop_path: float, flipped: bool) -> VimBlock:
             mixer = MambaMixer(
-                embed_dim, d_state, d_conv, expand, dt_rank, directions, flipped, merge, layer_scale, **dd
+                embed_dim, d_state, d_conv, expand, dt_rank, directions, flipped, merge, layer_scale, lb_window, **dd
             )
             return VimBlock(make_norm(), mixer, drop_path)
 
-        if paired_blocks:
-            rates = calculate_drop_path_rates(drop_path_rate, depth // 2)
-            blocks = [VimBlockPair(make_block(rate), make_block(rate, flipped=True)) for rate in rates]
-        else:
-            blocks = [make_block(rate) for rate in calculate_drop_path_rates(drop_path_rate, depth)]
-        self.blocks = nn.ModuleList(blocks)
-        self.depth = len(blocks)
+        self.depth = depth // 2 if paired_blocks else depth
+        self.blocks = nn.ModuleList()
+        for index, rate in enumerate(calculate_drop_path_rates(drop_path_rate, self.depth)):
+            flipped = alternate and index % 2 == 1
+            block = make_block(rate, flipped)
+            self.blocks.append(VimBlockPair(block, make_block(rate, not flipped)) if paired_blocks else block)
+        self.layer_shuffle = LayerShuffle(layer_shuffle, self.depth, shuffle_per_sample)
         self._set_feature_info()
         self.norm = make_norm()
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)
 
     def _set_feature_info(self) -> None:
@@ -239,11 +255,11 @@ class VisionMamba(nn.Module):
         ]
 
     def _set_global_pool(self, global_pool: str) -> None:
-        if global_pool not in GLOBAL_POOLS:
+        if global_pool not in self.global_pools:
             raise ValueError(
-                f"global_pool={global_pool!r} is not known; use one of {', '.join(map(repr, GLOBAL_POOLS))}"
+                f"global_pool={global_pool!r} is not known; use one of {', '.join(map(repr, self.global_pools))}"
             )
-        if global_pool == "token" and self.class_token is None:
+        if global_pool == "token" and not self.num_prefix_tokens:
             raise ValueError("global_pool='token' needs a class token; use 'avg' or set class_token")
         self.global_pool = global_pool
 
@@ -306,7 +322,8 @@ class VisionMamba(nn.Module):
         if global_pool is not None:
             self._set_global_pool(global_pool)
         self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes, **get_device_dtype(self)) if num_classes else nn.Identity()
+        factory = get_device_dtype(self)
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
         self.head.train(self.training)
         self._init_head()
 
@@ -333,8 +350,8 @@ class VisionMamba(nn.Module):
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         record_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image (B, C, H, W) to tokens (B, L, D) with class tokens and positions, and their patch grid."""
+    def embed_patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Image (B, C, H, W) to patch tokens (B, N, D) without positions, and their grid."""
         if not self.dynamic_img_size:
             torch._assert(
                 (x.shape[-2], x.shape[-1]) == self.patch_embed.img_size,
@@ -342,12 +359,20 @@ class VisionMamba(nn.Module):
             )
         x = self.patch_embed(x)  # (B, D, grid H, grid W)
         grid = (x.shape[-2], x.shape[-1]) if self.dynamic_img_size else self.patch_embed.grid_size
-        tokens = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        return x.flatten(2).transpose(1, 2), grid
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Image (B, C, H, W) to tokens (B, L, D) with class tokens and positions, and their patch grid."""
+        tokens, grid = self.embed_patches(x)
         class_tokens = tokens[:, :0] if self.cls_token is None else self.cls_token.expand(x.shape[0], -1, -1)
         tokens = insert_class_tokens(tokens, class_tokens, self.class_token)
         if self.pos_embed is not None:
             tokens = tokens + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.class_token)
         return self.pos_drop(tokens), grid
+
+    def split_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) to patch tokens (B, N, D) and class tokens (B, T, D)."""
+        return split_class_tokens(tokens, self.class_token)
 
     def _stream(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor] | None]:
         """Image to the residual stream before the first block, the patch grid and the rotary table."""
@@ -362,11 +387,16 @@ class VisionMamba(nn.Module):
         return _turn(tokens, table), grid, table
 
     def _advance(
-        self, index: int, stream: Tensor, table: tuple[Tensor, Tensor] | None, run: Callable[..., Tensor]
+        self,
+        index: int,
+        stream: Tensor,
+        table: tuple[Tensor, Tensor] | None,
+        order: TokenOrder | None,
+        run: Callable[..., Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Runs one block; returns the stream as the next block reads it, and the block's own output."""
         block = self.blocks[index]
-        update = run(block, stream)
+        update = run(block, stream, order)
         if table is None or index == self.depth - 1:  # the final norm reads the stream unturned
             return block.add(stream, update), update
         if self.rope_residual:
@@ -376,14 +406,15 @@ class VisionMamba(nn.Module):
     def _runner(self) -> Callable[..., Tensor]:
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint
-        return lambda block, stream: block(stream)
+        return lambda block, stream, order: block(stream, order)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, C, H, W) to normed tokens (B, L, D), class tokens in their places."""
         run = self._runner()
         stream, _, table = self._stream(x)
+        orders = self.layer_shuffle(stream)
         for index in range(len(self.blocks)):
-            stream, _ = self._advance(index, stream, table, run)
+            stream, _ = self._advance(index, stream, table, orders[index], run)
         return self._final_norm(stream)
 
     def _final_norm(self, stream: Tensor) -> Tensor:
@@ -396,7 +427,7 @@ class VisionMamba(nn.Module):
             return x
         if self.global_pool == "last":
             return x[:, -1]
-        patches, class_tokens = split_class_tokens(x, self.class_token)
+        patches, class_tokens = self.split_tokens(x)
         return (class_tokens if self.global_pool == "token" else patches).mean(dim=1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -447,13 +478,14 @@ class VisionMamba(nn.Module):
         take_indices, last = feature_take_indices(len(self.blocks), indices)
         run = self._runner()
         stream, grid, table = self._stream(x)
+        orders = self.layer_shuffle(stream)
         intermediates = []
         for index in range(last + 1 if stop_early else len(self.blocks)):
-            stream, update = self._advance(index, stream, table, run)
+            stream, update = self._advance(index, stream, table, orders[index], run)
             if index in take_indices:
                 feature = stream if source == "stream" else update
                 feature = self._final_norm(feature) if norm else feature.to(self.patch_embed.proj.weight.dtype)
-                patches, class_tokens = split_class_tokens(feature, self.class_token)
+                patches, class_tokens = self.split_tokens(feature)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, grid H, grid W)
                 intermediates.append((patches, class_tokens) if return_prefix_tokens else patches)
@@ -500,19 +532,57 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionMamba) -> d
     Raises:
         ValueError: If the position embedding's grid cannot be told.
     """
+    state_dict = rename_upstream(state_dict, isinstance(model.blocks[0], VimBlockPair))
+    return fit_checkpoint(state_dict, model, "middle" if "cls_token" in state_dict else None)
+
+
+def rename_upstream(state_dict: Mapping[str, Any], paired: bool = False) -> dict[str, Tensor]:
+    """A checkpoint of Vim's code base, or of one built on it, to the names of this file; ours pass unchanged.
+
+    Args:
+        state_dict: State dict, or a training checkpoint that holds one.
+        paired: Whether the model's blocks are pairs.
+    """
     for envelope in ("model", "state_dict", "model_ema"):
         if isinstance(state_dict.get(envelope), Mapping):
             state_dict = state_dict[envelope]
             break
-    if any(name.startswith("layers.") for name in state_dict):
-        state_dict = _from_upstream_names(state_dict, isinstance(model.blocks[0], VimBlockPair))
-    else:
-        state_dict = dict(state_dict)
+    if not any(name.startswith("layers.") for name in state_dict):
+        return dict(state_dict)
+    renamed = {}
+    for name, tensor in state_dict.items():
+        if name.startswith("rope."):
+            continue
+        if name.startswith("layers."):
+            _, index, rest = name.split(".", 2)
+            half = f".{('forward_block', 'backward_block')[int(index) % 2]}" if paired else ""
+            name = f"blocks.{int(index) // 2 if paired else index}{half}.{rest}"
+        renamed[f"norm.{name[7:]}" if name.startswith("norm_f.") else name] = tensor
+    if "cls_token_head" in renamed:
+        ends = [renamed.pop("cls_token_head"), renamed.pop("cls_token_tail")]
+        renamed["cls_token"] = torch.cat(ends, dim=1)
+    return stack_mixer_parameters(renamed)
+
+
+def fit_checkpoint(
+    state_dict: dict[str, Tensor], model: VisionMamba, class_token: ClassToken | None
+) -> dict[str, Tensor]:
+    """Fits a checkpoint in our names to the model's image size, patch size, class token and missing parts.
+
+    Args:
+        state_dict: Weights by our names.
+        model: Model that the result is loaded into.
+        class_token: Place of the checkpoint's class row in its position embedding, should the model have none.
+
+    Raises:
+        ValueError: If the position embedding's grid cannot be told.
+    """
     for part in ("norm", "head"):
         if isinstance(getattr(model, part), nn.Identity):
             state_dict = {name: t for name, t in state_dict.items() if not name.startswith(f"{part}.")}
     if "pos_embed" in state_dict and model.pos_embed is not None:
-        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], "cls_token" in state_dict, model)
+        place = class_token and (model.class_token or class_token)
+        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], place, model)
     if model.cls_token is None:
         state_dict.pop("cls_token", None)
     kernel = model.patch_embed.proj.weight.shape[-2:]
@@ -522,53 +592,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionMamba) -> d
     return state_dict
 
 
-def _from_upstream_names(state_dict: Mapping[str, Tensor], paired: bool) -> dict[str, Tensor]:
-    """The authors' names to ours; parameters of the two directions are stacked."""
-    stacked = {  # ours: (forward, backward) of the authors
-        "conv_weight": ("conv1d.weight", "conv1d_b.weight"),
-        "conv_bias": ("conv1d.bias", "conv1d_b.bias"),
-        "x_proj_weight": ("x_proj.weight", "x_proj_b.weight"),
-        "dt_proj_weight": ("dt_proj.weight", "dt_proj_b.weight"),
-        "dt_bias": ("dt_proj.bias", "dt_proj_b.bias"),
-        "A_log": ("A_log", "A_b_log"),
-        "D": ("D", "D_b"),
-    }
-    place = {theirs: (ours, k) for ours, names in stacked.items() for k, theirs in enumerate(names)}
-    converted, directions = {}, {}
-    for name, tensor in state_dict.items():
-        if name.startswith("rope."):
-            continue
-        if name.startswith("norm_f."):
-            converted[name.replace("norm_f", "norm", 1)] = tensor
-            continue
-        if not name.startswith("layers."):
-            converted[name] = tensor
-            continue
-        _, index, rest = name.split(".", 2)
-        block = f"blocks.{index}"
-        if paired:
-            block = f"blocks.{int(index) // 2}.{('forward_block', 'backward_block')[int(index) % 2]}"
-        if rest.removeprefix("mixer.") in place:
-            ours, k = place[rest.removeprefix("mixer.")]
-            tensor = tensor.squeeze(1) if ours == "conv_weight" else tensor  # (E, 1, W) to (E, W)
-            directions.setdefault(f"{block}.mixer.{ours}", {})[k] = tensor
-        else:
-            converted[f"{block}.{rest}"] = tensor
-    for name, tensors in directions.items():
-        converted[name] = torch.stack([tensors[k] for k in sorted(tensors)])
-    if "cls_token_head" in converted:
-        ends = [converted.pop("cls_token_head"), converted.pop("cls_token_tail")]
-        converted["cls_token"] = torch.cat(ends, dim=1)
-    return converted
-
-
-def _fit_pos_embed(pos_embed: Tensor, has_class_token: bool, model: VisionMamba) -> Tensor:
-    """Resamples a position embedding to the model's grid, and drops class rows the model has no token for.
-
-    The released checkpoints hold their class row in the middle, so that is where it is sought if the model itself has
-    no class token.
-    """
-    place = (model.class_token or "middle") if has_class_token else None
+def _fit_pos_embed(pos_embed: Tensor, place: ClassToken | None, model: VisionMamba) -> Tensor:
+    """Resamples a position embedding to the model's grid, and drops class rows the model has no token for."""
     grid = model.patch_embed.grid_size
     if model.class_token is None:
         pos_embed, place = split_class_tokens(pos_embed, place)[0], None

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
 from zoo.backbones.layers.class_token import insert_class_tokens, split_class_tokens
-from zoo.backbones.layers.mamba import MambaMixer
+from zoo.backbones.layers.mamba import MambaMixer, local_window
 from zoo.backbones.layers.position import resample_pos_embed
 from zoo.backbones.vim import VisionMamba, checkpoint_filter_fn, from_upstream
 from zoo.heads.rescale_pyramid import RescalePyramid
@@ -32,6 +32,9 @@ OPTIONS = {
     "forward": dict(directions="forward", norm_layer="layernorm", residual_in_fp32=False),
     "pairs": dict(directions="forward", paired_blocks=True, class_token=None, global_pool="avg", rope=True),
     "pairs_of_two_ways": dict(paired_blocks=True),
+    "alternating": dict(directions="forward", alternate=True, lb_window=None),
+    "windows": dict(lb_window=4),
+    "shuffled": dict(layer_shuffle=1.0, shuffle_per_sample=True),
     "no_positions": dict(pos_embed=False, d_state=4, d_conv=3, expand=1, dt_rank=3),
 }
 
@@ -284,6 +287,55 @@ def test_flipped_mixer_is_the_mixer_on_flipped_tokens(directions):
     assert (flipped(tokens) - mixer(tokens)).abs().max() > 1e-4
 
 
+def test_alternating_blocks_read_every_second_time_from_the_end():
+    model = make(depth=3, alternate=True)
+    assert [block.mixer.reverse for block in model.blocks] == [(False, True), (True, False), (False, True)]
+    pairs = make(depth=4, directions="forward", alternate=True, paired_blocks=True)
+    flags = [(pair.forward_block.mixer.reverse, pair.backward_block.mixer.reverse) for pair in pairs.blocks]
+    assert flags == [((False,), (True,)), ((True,), (False,))]
+
+
+@pytest.mark.parametrize("directions", ["bidirectional", "shared", "forward", 2])
+def test_mixer_follows_a_table(directions):
+    """A table of the tokens in order changes nothing; another one is followed by the scan, not by the convolution."""
+    mixer = MambaMixer(16, directions=directions, d_conv=1)  # one tap: the convolution knows no neighbours
+    tokens = torch.randn(2, 9, 16)
+    paths = len(mixer.reverse)
+    torch.testing.assert_close(mixer(tokens, torch.arange(9).expand(paths, -1)), mixer(tokens))
+    order = torch.randperm(9)
+    expected = mixer(tokens[:, order])[:, order.argsort()]
+    torch.testing.assert_close(mixer(tokens, order.expand(paths, -1)), expected)
+
+
+def test_numbered_paths_have_their_own_parameters_and_tables():
+    mixer = MambaMixer(16, directions=3, merge="sum", layer_scale=None)
+    tokens, tables = torch.randn(2, 6, 16), torch.stack([torch.randperm(6) for _ in range(3)])
+    expected = 0
+    for k in range(3):
+        single = MambaMixer(16, directions=1, merge="sum")
+        state = {n: p if n.endswith("proj.weight") else p[k : k + 1] for n, p in mixer.state_dict().items()}
+        single.load_state_dict(state)
+        expected = expected + single(tokens, tables[k : k + 1])
+    torch.testing.assert_close(mixer(tokens, tables), expected)
+
+
+def test_published_windows():
+    assert [local_window(length) for length in (1, 128, 129, 256, 257, 5000)] == [4, 4, 8, 8, 16, 16]
+    chosen, fixed = MambaMixer(16, window=None), MambaMixer(16, window=4)
+    fixed.load_state_dict(chosen.state_dict())
+    for length, same in ((50, True), (130, False)):
+        tokens = torch.randn(1, length, 16)
+        assert torch.equal(chosen(tokens), fixed(tokens)) is same
+
+
+def test_window_lets_tokens_see_the_later_ones_of_their_window():
+    """With one direction and windows of 4, token 5 sees all before it and tokens 6 and 7."""
+    mixer = MambaMixer(8, directions="forward", d_conv=1, window=4)
+    tokens = torch.randn(1, 12, 8, requires_grad=True)
+    mixer(tokens)[0, 5].square().sum().backward()
+    assert tokens.grad.abs().sum(-1).ne(0)[0].tolist() == [True] * 8 + [False] * 4
+
+
 def test_weight_decay_and_layer_decay_groups():
     model = make()
     names = {name for name, _ in model.named_parameters()}
@@ -309,6 +361,8 @@ def test_weight_decay_and_layer_decay_groups():
         (dict(rope=True, embed_dim=30), "divisible by 4"),
         (dict(paired_blocks=True, depth=3), "even depth, got 3"),
         (dict(img_size=4, pad_input=False), "no room for a patch"),
+        (dict(lb_window=6), "window=6"),
+        (dict(layer_shuffle=1.5), "probability, got 1.5"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -344,6 +398,7 @@ def test_hot_path_neither_flips_nor_copies():
 
 
 def test_compiles_to_one_graph_and_exports():
+    torch.compiler.reset()  # families share a forward, and recompilations of one are limited
     model = make(rope=True).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = model(images)

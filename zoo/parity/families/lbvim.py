@@ -1,8 +1,10 @@
-"""LBVim: the cases of its scan."""
+"""LBVim: its scan, the classifier, and the segmentation backbone."""
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from zoo.backbones.lbvim import LBVim, from_upstream
 from zoo.kernels import selective_scan_fn
 from zoo.parity.case import Case
 from zoo.parity.families.selective_scan import run_scan
@@ -11,9 +13,16 @@ __all__ = ["run"]
 
 
 def run(case: Case) -> dict[str, Tensor]:
-    """Output with and without gate, last state, the plain scan's output, and gradients of sum(out * dout)."""
-    if case.mode != "op":
+    """Runs a case of the scan or of any of the authors' classes."""
+    if case.mode == "op":
+        return _scan(case)
+    if case.class_name != "BiVisionMamba":
         raise ValueError(f"no builder for {case.class_name!r}")
+    return _dense(case) if "out_indices" in case.kwargs else _classifier(case)
+
+
+def _scan(case: Case) -> dict[str, Tensor]:
+    """Output with and without gate, last state, the plain scan's output, and gradients of sum(out * dout)."""
     results = run_scan(case, "dout")
     inputs = case.inputs()
     inputs.pop("dout")
@@ -23,3 +32,60 @@ def run(case: Case) -> dict[str, Tensor]:
         inputs.pop("z", None)
         ungated = selective_scan_fn(**inputs, delta_softplus=softplus, window=window)
     return {**results, "output.plain_scan_out": plain, "output.y_pregate": ungated}
+
+
+def _as_read(model: LBVim, index: int, tokens: Tensor) -> Tensor:
+    """Tokens (B, L, D) in the order in which a block, or the norm after the last one, gets them from the authors."""
+    return tokens.flip(1) if model.alternate and index % 2 else tokens
+
+
+def _classifier(case: Case) -> dict[str, Tensor]:
+    """Tokens, feature, logits, every block's stream and output, and the image's gradient of sum(logits^2)."""
+    model = case.load(from_upstream(case.kwargs))
+    outputs = {}
+
+    def record(index: int) -> None:
+        def hook(block: nn.Module, args: tuple, output: Tensor) -> None:
+            outputs[f"output.residual{index}"] = _as_read(model, index, args[0])
+            outputs[f"output.hidden{index}"] = _as_read(model, index, output)
+
+        model.blocks[index].register_forward_hook(hook)
+
+    for index in range(len(model.blocks)):
+        record(index)
+    image = case.inputs()["image"]
+    tokens = model.forward_features(image)
+    outputs["output.tokens"] = _as_read(model, len(model.blocks), tokens)
+    outputs["output.features"] = model.pool(tokens)
+    outputs["output.logits"] = model.forward_head(tokens)
+    outputs["output.logits"].square().sum().backward()
+    return {**outputs, "grad.input": image.grad}
+
+
+def _dense(case: Case) -> dict[str, Tensor]:
+    """Mixer outputs as the authors' neck returns them, and the gradient of their sum weighted from -1 to 1."""
+    state = case.group("state")
+    neck = {name: state.pop(name).to(case.device, case.dtype) for name in list(state) if name.startswith("out")}
+    model = from_upstream({**case.kwargs, "num_classes": 0, "final_pool_type": "mean"})
+    model.prune_intermediate_layers(None, prune_norm=True)
+    model = case.load(model, state)
+    image = case.inputs()["image"]
+    indices = case.kwargs["out_indices"]
+    features = model.forward_intermediates(image, indices, intermediates_only=True, source="mixer")
+    features = [_neck(feature, neck, index) for feature, index in zip(features, indices, strict=True)]
+    loss = 0
+    for feature in features:
+        weights = torch.linspace(-1, 1, feature.numel(), device=case.device, dtype=torch.float32)
+        loss = loss + (feature * weights.view(feature.shape)).sum()
+    loss.backward()
+    outputs = {f"output.features{i}": feature for i, feature in enumerate(features)}
+    return {**outputs, "grad.input": image.grad}
+
+
+def _neck(feature: Tensor, neck: dict[str, Tensor], index: int) -> Tensor:
+    """Map (B, D, H, W) to (B, out_dim, H, W): the level's linear layer, if it has one, and its LayerNorm."""
+    x = feature.movedim(1, -1)
+    if f"out_map_{index}.weight" in neck:
+        x = F.linear(x, neck[f"out_map_{index}.weight"], neck[f"out_map_{index}.bias"])
+    x = F.layer_norm(x, x.shape[-1:], neck[f"outnorm_{index}.weight"], neck[f"outnorm_{index}.bias"])
+    return x.movedim(-1, 1)
