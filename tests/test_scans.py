@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 import zoo
 from zoo.backbones.scans import list_scans, register_scan, scan_paths
+from zoo.backbones.scans.memory import remember_tables
+from zoo.backbones.scans.snake import SNAKE_MOVES, snake, snake_moves
 from zoo.kernels import selective_scan
 
 TABLES = load_file(Path(__file__).parent / "scan_tables.safetensors")  # from the authors' code
@@ -60,6 +62,47 @@ def test_hilbert_and_snake_never_jump(H, W):
         for path in scan_paths(name, H, W).long():
             distance = (path // W).diff().abs() + (path % W).diff().abs()
             assert (distance == 1).all()
+
+
+@pytest.mark.parametrize("H, W", SIZES)
+def test_snake_moves_lead_along_the_snake(H, W):
+    """Walked from its first cell, every list of moves visits the cells of its path."""
+    displacement = torch.tensor([[0, 0], [0, 1], [0, -1], [-1, 0], [1, 0]])  # rows and columns, as SNAKE_MOVES
+    assert SNAKE_MOVES == ("start", "right", "left", "up", "down")
+    for path, moves in zip(snake(H, W), snake_moves(H, W), strict=True):
+        position = torch.stack([path[0] // W, path[0] % W]) + displacement[moves].cumsum(0)
+        assert torch.equal(position[:, 0] * W + position[:, 1], path)
+        assert moves[0] == 0 and (moves[1:] > 0).all()
+
+
+@pytest.mark.parametrize("H, W", SIZES)
+def test_columns_are_rows_of_the_transposed_grid(H, W):
+    path = scan_paths("columns", H, W)[0].long()
+    assert torch.equal(path // W + path % W * H, torch.arange(H * W))
+
+
+def test_remembered_tables():
+    calls = []
+
+    @remember_tables
+    def table(size: int) -> torch.Tensor:
+        calls.append(size)
+        return torch.arange(size)
+
+    with torch.inference_mode():
+        first = table(3)
+    assert not first.is_inference()  # so autograd may save it
+    assert table(3) is first and table(4).shape == (4,)
+    assert calls == [3, 4]
+
+    class Lookup(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[table(x.shape[0])]
+
+    dynamic = {0: torch.export.Dim.AUTO}
+    exported = torch.export.export(Lookup(), (torch.randn(5),), dynamic_shapes=(dynamic,)).module()
+    assert exported(torch.randn(7)).shape == (7,)
+    assert table(5).sum() == 10  # a real one, not the trace's
 
 
 def test_shuffles_follow_their_seed():

@@ -1,10 +1,11 @@
 """Registry of scan strategies: named functions that say in which order paths visit the cells of a grid."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from zoo.backbones.scans.memory import remember_tables
 
 __all__ = ["list_scans", "register_scan", "scan_paths"]
 
@@ -58,6 +59,6 @@ def scan_paths(name: str, H: int, W: int, device: torch.device | str | None = No
     return _table(name, H, W, str(device or "cpu"), tuple(sorted(options.items())))
 
 
-@functools.lru_cache(maxsize=256)
+@remember_tables
 def _table(name: str, H: int, W: int, device: str, options: tuple[tuple[str, int], ...]) -> Tensor:
     return _SCANS[name](H, W, **dict(options)).to(device, torch.int32)

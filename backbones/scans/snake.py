@@ -5,7 +5,9 @@ from torch import Tensor
 
 from zoo.backbones.scans.registry import register_scan
 
-__all__ = ["snake"]
+__all__ = ["SNAKE_MOVES", "snake", "snake_moves"]
+
+SNAKE_MOVES = ("start", "right", "left", "up", "down")
 
 
 def _serpentine(lines: Tensor) -> Tensor:
@@ -21,3 +23,11 @@ def snake(H: int, W: int) -> Tensor:
     cells = torch.arange(H * W).view(H, W)
     rows, columns = _serpentine(cells), _serpentine(cells.t())
     return torch.stack([rows, rows.flip(0), columns, columns.flip(0)])
+
+
+def snake_moves(H: int, W: int) -> Tensor:
+    """The move that led to every step of :func:`snake`, an index into ``SNAKE_MOVES``, (4, H * W)."""
+    paths = snake(H, W)
+    down, right = (paths // W).diff(dim=1), (paths % W).diff(dim=1)  # (4, H * W - 1), one of them 0, the other +-1
+    moves = torch.where(down == 0, torch.where(right > 0, 1, 2), torch.where(down < 0, 3, 4))
+    return torch.cat([torch.zeros_like(paths[:, :1]), moves], dim=1)

@@ -20,7 +20,7 @@ def window(H: int, W: int, size: int = 7) -> Tensor:
     if size < 1:
         raise ValueError(f"window scan: size must be at least 1, got {size}")
     rows, columns = -(-H // size), -(-W // size)
-    padded = torch.full((rows * size, columns * size), -1)
-    padded[:H, :W] = torch.arange(H * W).view(H, W)
+    row, column = torch.arange(rows * size).unsqueeze(1), torch.arange(columns * size)
+    padded = torch.where((row < H) & (column < W), row * W + column, -1)
     windows = padded.view(rows, size, columns, size).transpose(1, 2)  # (rows, columns, size, size)
     return windows.reshape(1, -1)

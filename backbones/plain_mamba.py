@@ -1,0 +1,710 @@
+"""PlainMamba: a columnar backbone whose four scans run through the image without jumps and know their direction.
+
+Paper: "PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition", https://arxiv.org/abs/2403.17695.
+Origin: https://github.com/ChenhongyiYang/PlainMamba (Apache-2.0), whose checkpoints load here.
+
+Differences from the original:
+
+1. The four scans are one kernel launch that reads the map through index tables, worked out once per grid; activations
+   are neither permuted nor copied. Any image size runs, non-square ones included.
+2. The original permutes only the scan's input: step p of a scan takes the step size, B and C of the p-th token in
+   raster order, whatever token the scan visits. ``pairing="position"`` does so, as released weights need it;
+   ``pairing="token"`` gives every token its own parameters on all four paths, as the paper writes it.
+3. The original adds the bias of the step projection twice; here ``dt_bias`` holds the doubled value.
+4. Step projections keep the initialisation of Mamba (steps log-uniform in [0.001, 0.1]), which the original overwrites.
+5. Options of later work: locally bidirectional scans (``lb_window``; LBMamba, arXiv 2506.15976) and stochastic
+   shuffling of the tokens (``layer_shuffle``; ShuffleMamba, arXiv 2408.17081).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, to_2tuple, trunc_normal_
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
+from zoo.backbones.layers.position import record_input_size, resample_pos_embed
+from zoo.backbones.scans.memory import remember_tables
+from zoo.backbones.scans.snake import SNAKE_MOVES, snake, snake_moves
+from zoo.kernels import selective_scan
+
+__all__ = ["PlainMamba"]
+
+Pairing = Literal["position", "token"]
+
+
+@remember_tables
+def _snake_tables(H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What the mixer looks up, each (4, H * W): the paths, the step at which a cell is visited, and the move to it."""
+    paths = snake(H, W)
+    steps = paths.argsort(dim=1)
+    moves = snake_moves(H, W).gather(1, steps)
+    return paths.to(device, torch.int32), steps.to(device), moves.to(device)
+
+
+@register_notrace_module
+class SnakeMixer(nn.Module):
+    """Gated selective scan of a map along four continuous paths that share all parameters.
+
+    Shapes: B batch, L = H * W tokens, D = dim, E = expand * dim, N states, R rank of the step projection, K = 4 paths.
+
+    Args:
+        dim: Token width D.
+        d_state: States N per channel.
+        conv_size: Side of the depth-wise convolution, odd.
+        expand: Inner width E as a multiple of ``dim``.
+        dt_rank: Rank R of the step projection; default ceil(dim / 16).
+        pairing: Whether step p of every path takes step size, B and C of token p in raster order (``"position"``, as
+            released) or those of the token it visits (``"token"``).
+        lb_window: Steps of a locally bidirectional window, a power of two up to 32; 1 for plain scans.
+
+    Raises:
+        ValueError: If ``pairing`` or ``lb_window`` is not one of the above.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        conv_size: int = 7,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        pairing: Pairing = "position",
+        lb_window: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if pairing not in get_args(Pairing):
+            raise ValueError(f"pairing={pairing!r} is not known; use one of {', '.join(get_args(Pairing))}")
+        if lb_window < 1 or 32 % lb_window:
+            raise ValueError(f"lb_window={lb_window} is not known; use a power of two up to 32, or 1 for plain scans")
+        inner = expand * dim
+        rank = dt_rank or math.ceil(dim / 16)
+        self.splits = [rank, d_state, d_state]
+        self.pairing = pairing
+        self.lb_window = lb_window
+        self.in_proj = nn.Linear(dim, 2 * inner, **dd)
+        self.conv = nn.Conv2d(inner, inner, conv_size, padding=conv_size // 2, groups=inner, **dd)
+        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False, **dd)
+        self.dt_proj = nn.Linear(rank, inner, bias=False, **dd)
+        self.dt_bias = nn.Parameter(torch.empty(inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(inner, **dd))
+        self.direction_B = nn.Parameter(torch.empty(len(SNAKE_MOVES), d_state, **dd))
+        self.out_proj = nn.Linear(inner, dim, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Truncated normal projections; step sizes, A and D as in Mamba."""
+        for layer in (self.in_proj, self.x_proj, self.out_proj):
+            trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        bound = self.dt_proj.in_features**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        with torch.no_grad():
+            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+            states = torch.arange(1, self.A_log.shape[-1] + 1, device=self.A_log.device, dtype=self.A_log.dtype)
+            self.A_log.copy_(states.log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+        trunc_normal_(self.direction_B, std=0.02)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, H * W, D) of a grid (H, W) to tokens (B, H * W, D)."""
+        paths, steps, moves = _snake_tables(*grid, x.device)
+        K = len(paths)
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) views of one GEMM's output
+        image = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, E, H, W), a channels-last view
+        u = F.silu(self.conv(image)).flatten(2).transpose(1, 2)  # (B, L, E)
+        # Where steps and tokens are paired by position, the few numbers a step's parameters are made of are looked up.
+        parameters = self.x_proj(u)
+        parameters = parameters[:, steps] if self.pairing == "position" else parameters.unsqueeze(1)
+        dt, B, C = parameters.split(self.splits, dim=-1)  # (B, K or 1, L, R or N)
+        B = B + self.direction_B.to(B.dtype)[moves]  # (B, K, L, N)
+        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))  # 16 bits are too coarse for exp
+        y = selective_scan(
+            u,
+            self.dt_proj(dt).expand(-1, K, -1, -1),
+            -torch.exp(A_log).expand(K, -1, -1),
+            B,
+            C.expand(-1, K, -1, -1),
+            self.D.expand(K, -1),
+            z,
+            self.dt_bias.expand(K, -1),
+            delta_softplus=True,
+            paths=paths,
+            window=self.lb_window,
+        )
+        return self.out_proj(y)
+
+
+class ConvPatchEmbed(nn.Module):
+    """Convolutional stem at half resolution, then patches of the stem's map.
+
+    Args:
+        img_size: Image size (H, W) or one side, used only to state ``grid_size``.
+        patch_size: Side of a patch in pixels, even.
+        in_chans: Image channels.
+        embed_dim: Token width D.
+        stem_width: Channels of the stem.
+        stem_convs: 3x3 convolutions after the first, 7x7 one.
+
+    Raises:
+        ValueError: If ``patch_size`` is odd or the image has no pixels.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        stem_width: int = 64,
+        stem_convs: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if patch_size < 2 or patch_size % 2:
+            raise ValueError(f"patch_size must be even, because the stem halves the image, got {patch_size}")
+        self.patch_size = patch_size
+        self.set_image_size(img_size)
+
+        def conv(channels: int, kernel: int, stride: int) -> list[nn.Module]:
+            layer = nn.Conv2d(channels, stem_width, kernel, stride, padding=kernel // 2, bias=False, **dd)
+            return [layer, nn.BatchNorm2d(stem_width, **dd), nn.ReLU()]
+
+        self.stem = nn.Sequential(*conv(in_chans, 7, 2))
+        self.convs = nn.Sequential(*(layer for _ in range(stem_convs) for layer in conv(stem_width, 3, 1)))
+        self.proj = nn.Conv2d(stem_width, embed_dim, patch_size // 2, patch_size // 2, **dd)
+
+    def set_image_size(self, img_size: int | Sequence[int]) -> None:
+        """Sets the size that ``grid_size`` refers to."""
+        self.img_size = to_2tuple(img_size)
+        if min(self.img_size) < 1:
+            raise ValueError(f"img_size={self.img_size} has no pixels")
+        height, width = (-(-size // self.patch_size) for size in self.img_size)
+        self.grid_size = (height, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, C, H, W) to a token map (B, D, ceil(H / patch), ceil(W / patch))."""
+        return self.proj(_pad_to_multiple(self.convs(self.stem(x)), self.patch_size // 2))
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _pad_to_multiple(x: Tensor, size: int) -> Tensor:
+    """Zero-pads a map (B, C, H, W) at the bottom and the right to multiples of ``size``."""
+    bottom, right = -x.shape[-2] % size, -x.shape[-1] % size
+    if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
+        return x
+    return F.pad(x, (0, right, 0, bottom))
+
+
+class PlainMambaBlock(nn.Module):
+    """Norm, mixer and residual, optionally followed by a depth-wise convolution.
+
+    Args:
+        dim: Token width D.
+        mixer: Token mixer for maps.
+        drop_path: Probability that a sample skips the mixer during training.
+        dwconv: Whether a 3x3 depth-wise convolution with batch norm and GELU follows, without a residual around it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: SnakeMixer,
+        drop_path: float = 0.0,
+        dwconv: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.mixer = mixer
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.dwconv = None
+        if dwconv:
+            conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, **dd)
+            self.dwconv = nn.Sequential(conv, nn.BatchNorm2d(dim, **dd), nn.GELU())
+
+    def forward(self, x: Tensor, grid: tuple[int, int], order: TokenOrder | None = None) -> Tensor:
+        """Tokens (B, H * W, D) of a grid (H, W) to tokens (B, H * W, D); the mixer reads them in order."""
+        update = self.mixer(shuffle_tokens(self.norm(x), order), grid)
+        x = x + self.drop_path(restore_tokens(update, order))
+        if self.dwconv is None:
+            return x
+        image = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, H, W), a channels-last view
+        return self.dwconv(image).flatten(2).transpose(1, 2)
+
+
+class PlainMamba(nn.Module):
+    """PlainMamba: convolutional stem, position embedding, a column of snake-scanning blocks, mean, classifier.
+
+    Args:
+        img_size: Image size (H, W) or one side that the position embedding is made for; other sizes run too.
+        patch_size: Patch side in pixels, even.
+        in_chans: Image channels.
+        num_classes: Classes; 0 for pooled features instead of logits.
+        global_pool: ``"avg"`` mean of the tokens; ``""`` one result per token.
+        embed_dim: Token width D.
+        depth: Blocks.
+        stem_width: Channels of the stem.
+        stem_convs: 3x3 convolutions in the stem.
+        dwconv_blocks: Blocks that are followed by a depth-wise convolution.
+        d_state: States per channel.
+        conv_size: Side of the mixers' depth-wise convolution.
+        expand: Inner width as a multiple of ``embed_dim``.
+        dt_rank: Rank of the step projection; default ceil(embed_dim / 16).
+        pairing: How steps get their parameters, see :class:`SnakeMixer`.
+        lb_window: Steps of a locally bidirectional window of the scans; 1 for plain scans.
+        feature_norms: Blocks whose intermediate features get a layer norm of their own, as in the authors' dense
+            prediction models.
+        layer_shuffle: Probability that the last block's mixer reads the tokens in a random order during training; it
+            grows linearly from 0 at the first block.
+        drop_rate: Dropout before the classifier.
+        pos_drop_rate: Dropout after the position embedding.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
+
+    Raises:
+        ValueError: If an argument is not one of its choices or does not fit another.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 192,
+        depth: int = 24,
+        stem_width: int = 64,
+        stem_convs: int = 1,
+        dwconv_blocks: Sequence[int] = (),
+        d_state: int = 16,
+        conv_size: int = 7,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        pairing: Pairing = "position",
+        lb_window: int = 1,
+        feature_norms: Sequence[int] = (),
+        layer_shuffle: float = 0.0,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        for name, indices in (("dwconv_blocks", dwconv_blocks), ("feature_norms", feature_norms)):
+            if any(not 0 <= index < depth for index in indices):
+                raise ValueError(f"{name}={tuple(indices)} names a block that is not among the {depth}")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.grad_checkpointing = False
+        self._set_global_pool(global_pool)
+        self.patch_embed = ConvPatchEmbed(img_size, patch_size, in_chans, embed_dim, stem_width, stem_convs, **dd)
+        num_patches = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
+        self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim, **dd))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        def make_block(index: int, drop_path: float) -> PlainMambaBlock:
+            mixer = SnakeMixer(embed_dim, d_state, conv_size, expand, dt_rank, pairing, lb_window, **dd)
+            return PlainMambaBlock(embed_dim, mixer, drop_path, index in dwconv_blocks, **dd)
+
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.ModuleList(make_block(index, rate) for index, rate in enumerate(rates))
+        self.layer_shuffle = LayerShuffle(layer_shuffle, depth)
+        self._set_feature_info()
+        norms = {str(index): nn.LayerNorm(embed_dim, eps=1e-6, **dd) for index in sorted(set(feature_norms))}
+        self.feature_norms = nn.ModuleDict(norms)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes else nn.Identity()
+        self.init_weights(needs_reset=False)
+
+    def _set_feature_info(self) -> None:
+        self.feature_info = [
+            dict(num_chs=self.embed_dim, reduction=self.patch_embed.patch_size, module=f"blocks.{i}")
+            for i in range(len(self.blocks))
+        ]
+
+    def _set_global_pool(self, global_pool: str) -> None:
+        if global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool={global_pool!r} is not known; use 'avg' or ''")
+        self.global_pool = global_pool
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialises every parameter.
+
+        Args:
+            needs_reset: Whether the layers' own initialisation runs first, as after ``to_empty()``.
+        """
+        if needs_reset:
+            for module in self.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            for block in self.blocks:
+                block.mixer.init_weights()
+        trunc_normal_(self.pos_embed, std=0.02)
+        self._init_head()
+
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone."""
+        exempt = ("pos_embed", "A_log", "D", "dt_bias", "direction_B")
+        return {name for name, _ in self.named_parameters() if name.split(".")[-1] in exempt}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that order parameters from stem to head, for layer-wise decay and freezing."""
+        norms = r"^norm|^feature_norms"
+        blocks = r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (norms, (99999,))]
+        return dict(stem=r"^pos_embed|^patch_embed", blocks=blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are recomputed in the backward instead of kept."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier.
+
+        Args:
+            num_classes: Classes; 0 for none.
+            global_pool: New pooling; None keeps the current one.
+        """
+        if global_pool is not None:
+            self._set_global_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes, **get_device_dtype(self)) if num_classes else nn.Identity()
+        self.head.train(self.training)
+        self._init_head()
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Remakes the position embedding for another image size (H, W) or one side."""
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_image_size(img_size)
+        resampled = resample_pos_embed(self.pos_embed.detach(), old_grid, self.patch_embed.grid_size, None)
+        self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        record_input_size(self, self.patch_embed.img_size)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Image (B, C, H, W) to tokens (B, L, D) with positions, and their grid."""
+        x = self.patch_embed(x)  # (B, D, grid H, grid W)
+        grid = (x.shape[-2], x.shape[-1])
+        tokens = x.flatten(2).transpose(1, 2)  # (B, L, D)
+        return self.pos_drop(tokens + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, None)), grid
+
+    def _runner(self) -> Callable[..., Tensor]:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint
+        return lambda block, x, grid, order: block(x, grid, order)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image (B, C, H, W) to normed tokens (B, L, D)."""
+        run = self._runner()
+        x, grid = self.embed(x)
+        for block, order in zip(self.blocks, self.layer_shuffle(x), strict=False):  # fewer blocks if pruned
+            x = run(block, x, grid, order)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, L, D) to logits (B, num_classes), or to the pooled feature with ``pre_logits``."""
+        x = self.head_drop(x.mean(dim=1) if self.global_pool == "avg" else x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, C, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features after chosen blocks; those of blocks in ``feature_norms`` go through their own norm.
+
+        Args:
+            x: Image (B, C, H, W).
+            indices: Blocks to take: the last n if int, all if None, else their indices.
+            norm: Whether the final norm is applied to features without a norm of their own.
+            stop_early: Whether blocks after the last chosen one are skipped.
+            output_fmt: ``"NCHW"`` for maps (B, D, grid H, grid W), ``"NLC"`` for tokens (B, L, D).
+            intermediates_only: Whether to return the intermediates without the final tokens.
+
+        Returns:
+            Intermediates, or (final tokens as from ``forward_features``, intermediates).
+
+        Raises:
+            ValueError: If ``output_fmt`` is not one of the above.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is not known; use 'NCHW' or 'NLC'")
+        take_indices, last = feature_take_indices(len(self.blocks), indices)
+        run = self._runner()
+        x, grid = self.embed(x)
+        orders = self.layer_shuffle(x)
+        intermediates = []
+        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = run(block, x, grid, orders[index])
+            if index not in take_indices:
+                continue
+            feature = x
+            if str(index) in self.feature_norms:
+                feature = self.feature_norms[str(index)](x)
+            elif norm:
+                feature = self.norm(x)
+            if output_fmt == "NCHW":
+                feature = feature.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, grid H, grid W)
+            intermediates.append(feature)
+        if intermediates_only:
+            return intermediates
+        return self.norm(x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what the intermediates at ``indices`` do not need.
+
+        Args:
+            indices: As in :meth:`forward_intermediates`.
+            prune_norm: Whether the final norm goes too.
+            prune_head: Whether the classifier goes too.
+
+        Returns:
+            The indices of the chosen blocks.
+        """
+        take_indices, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        self._set_feature_info()
+        for index in set(self.feature_norms) - {str(index) for index in take_indices}:
+            del self.feature_norms[index]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PlainMamba) -> dict[str, Tensor]:
+    """Converts a checkpoint to the names and the position embedding of ``model``.
+
+    Accepts the authors' checkpoints (the weights under ``state_dict``, names starting with ``backbone.`` and
+    ``head.fc.``), their bare state dicts, and ours. Keys of the norm and the head are dropped if the model has none.
+
+    Args:
+        state_dict: Checkpoint of any kind above.
+        model: Model that the result is loaded into.
+
+    Returns:
+        State dict in this file's names.
+
+    Raises:
+        ValueError: If the position embedding's grid cannot be told.
+    """
+    if isinstance(state_dict.get("state_dict"), Mapping):
+        state_dict = state_dict["state_dict"]
+    if any(name.startswith(("backbone.", "layers.")) for name in state_dict):
+        state_dict = _from_upstream_names(state_dict)
+    else:
+        state_dict = dict(state_dict)
+    for part in ("norm", "head"):
+        if isinstance(getattr(model, part), nn.Identity):
+            state_dict = {name: t for name, t in state_dict.items() if not name.startswith(f"{part}.")}
+    if "pos_embed" in state_dict:
+        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model.patch_embed.grid_size)
+    return state_dict
+
+
+def _from_upstream_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names to ours; the bias of the step projection is doubled, as their code adds it twice."""
+    renamed = {
+        "patch_embed.projection.": "patch_embed.proj.",
+        "ln1.": "norm.",
+        "head.fc.": "head.",
+        ".mamba.dt_proj.bias": ".mixer.dt_bias",
+        ".mamba.direction_Bs": ".mixer.direction_B",
+        ".mamba.conv2d.": ".mixer.conv.",
+        ".mamba.": ".mixer.",
+        ".dw.": ".dwconv.",
+    }
+    converted = {}
+    for name, tensor in state_dict.items():
+        if name.endswith("dt_proj.bias"):
+            tensor = 2 * tensor
+        name = name.removeprefix("backbone.")
+        if name.startswith("layers."):
+            name = name.replace("layers.", "blocks.", 1)
+        elif name.startswith("norm_layer"):
+            name = name.replace("norm_layer", "feature_norms.", 1)
+        for theirs, ours in renamed.items():
+            name = name.replace(theirs, ours, 1)
+        converted[name] = tensor
+    return converted
+
+
+def _fit_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resamples a position embedding to a grid."""
+    length = pos_embed.shape[1]
+    if length == grid[0] * grid[1]:
+        return pos_embed
+    side = math.isqrt(length)
+    if side * side != length:
+        raise ValueError(
+            f"pos_embed has {length} rows, neither the model's {grid[0]}x{grid[1]} nor a square grid; "
+            "build the model with the checkpoint's img_size, load, then call set_input_size()"
+        )
+    return resample_pos_embed(pos_embed, (side, side), grid, None)
+
+
+def from_upstream(class_name: str, kwargs: Mapping[str, Any], num_classes: int = 0) -> PlainMamba:
+    """Builds the model that the authors' code builds from the same arguments.
+
+    Args:
+        class_name: ``PlainMamba``.
+        kwargs: The authors' constructor arguments.
+        num_classes: Classes of their linear head.
+
+    Raises:
+        ValueError: If the class or an argument is not known.
+    """
+    if class_name != "PlainMamba":
+        raise ValueError(f"class {class_name!r} is not known; use PlainMamba")
+    args = dict(kwargs)
+    layer = dict(args.pop("layer_cfgs", {}))
+    mamba = {**layer.pop("mamba_cfg", {})}
+    args = {**args, **layer, **mamba}
+    for name, required in (("use_rms_norm", False), ("bias", True), ("conv_bias", True)):
+        if args.pop(name, required) != required:
+            raise ValueError(f"{name}={not required} is not supported: no released model has it")
+    depth = args.pop("num_layers", 24)
+    out_indices = [index % depth for index in args.pop("out_indices", ())]
+    model_args = dict(
+        img_size=args.pop("img_size", 224),
+        patch_size=args.pop("patch_size", 16),
+        in_chans=args.pop("in_channels", 3),
+        num_classes=num_classes,
+        embed_dim=args.pop("embed_dims", 192),
+        depth=depth,
+        stem_convs=args.pop("num_convs_patch_embed", 1),
+        dwconv_blocks=args.pop("layers_with_dwconv", ()),
+        d_state=args.pop("d_state", 16),
+        conv_size=args.pop("conv_size", 7),
+        expand=args.pop("expand", 2),
+        feature_norms=[index for index in out_indices if index != depth - 1],
+        pos_drop_rate=args.pop("drop_rate", 0.0),
+        drop_path_rate=args.pop("drop_path_rate", 0.0),
+    )
+    inert = {"arch", "dt_init", "dt_scale", "dt_min", "dt_max", "dt_init_floor", "default_hw_shape", "out_type"}
+    unknown = set(args) - inert
+    if unknown:
+        raise ValueError(f"arguments not known: {', '.join(sorted(unknown))}")
+    return PlainMamba(**model_args)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.stem.0",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/ChenhongyiYang/PlainMamba",
+        "paper_ids": "arXiv:2403.17695",
+        "paper_name": "PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "plainmamba_l1.in1k": _cfg(hf_hub_id="ChenhongyiYang/PlainMamba", hf_hub_filename="l1.pth"),
+        "plainmamba_l2.in1k": _cfg(hf_hub_id="ChenhongyiYang/PlainMamba", hf_hub_filename="l2.pth"),
+        "plainmamba_l3.in1k": _cfg(hf_hub_id="ChenhongyiYang/PlainMamba", hf_hub_filename="l3.pth"),
+        "plain_mamba_nano": _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, origin_url=None),
+    }
+)
+
+
+def _create_plain_mamba(variant: str, pretrained: bool = False, **kwargs: Any) -> PlainMamba:
+    return build_model_with_cfg(
+        PlainMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def plainmamba_l1(pretrained: bool = False, **kwargs: Any) -> PlainMamba:
+    """PlainMamba-L1: 7.6M parameters, 77.9 top-1."""
+    model_args = dict(embed_dim=192, depth=24, stem_convs=1, dwconv_blocks=(0,))
+    return _create_plain_mamba("plainmamba_l1", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def plainmamba_l2(pretrained: bool = False, **kwargs: Any) -> PlainMamba:
+    """PlainMamba-L2: 26.1M parameters, 81.6 top-1."""
+    model_args = dict(embed_dim=384, depth=24, stem_convs=2)
+    return _create_plain_mamba("plainmamba_l2", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def plainmamba_l3(pretrained: bool = False, **kwargs: Any) -> PlainMamba:
+    """PlainMamba-L3: 51.0M parameters, 82.3 top-1."""
+    model_args = dict(embed_dim=448, depth=36, stem_convs=2)
+    return _create_plain_mamba("plainmamba_l3", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def plain_mamba_nano(pretrained: bool = False, **kwargs: Any) -> PlainMamba:
+    """Ours, for 32-pixel images in 256 patches, every token with its own parameters: 2.8M parameters."""
+    model_args = dict(patch_size=2, embed_dim=192, depth=10, pairing="token")
+    return _create_plain_mamba("plain_mamba_nano", pretrained=pretrained, **dict(model_args, **kwargs))
