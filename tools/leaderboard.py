@@ -1,0 +1,166 @@
+"""Collects finished runs of one recipe into a table.
+
+    python -m zoo.tools.train classification/nano_fashion_mnist model.name=lbvim_nano output=runs/nano/lbvim_nano
+    python -m zoo.tools.leaderboard runs/nano/* --output results/fashion_mnist.csv --device "one NVIDIA H200"
+
+A row holds the accuracy of the last epoch's weights, parameters in millions, 10^9 floating-point operations of one
+image (forward, two for a multiply-add, scans included), training images per second (median over the epochs after the
+first), and the command that repeats the run: its settings are the recipe's but for those that the command names.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import platform
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import zoo
+from zoo.config import load_config
+from zoo.engine import load_trained, read_log
+
+RECIPE = "classification/nano_fashion_mnist"
+COLUMNS = ("model", "img_size", "top1", "top5", "param_count", "gflops", "train_samples_per_sec", "epochs", "command")
+NO_MATTER = ("output", "resume", "data.root", "data.workers", "data.download")  # where and how, not what
+
+_logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the tool and returns its exit status: 0 done, 1 failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zoo.tools.leaderboard",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--output", default="results/fashion_mnist.csv", help="default %(default)s")
+    parser.add_argument("--recipe", default=RECIPE, help="what the runs have in common; default %(default)s")
+    parser.add_argument("--device", default=_this_device(), help="what they were trained on; default this machine's")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        rows = collect(options.runs, options.recipe)
+        write_table(rows, options.output, options.device)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for row in rows:
+        print(f"{row['top1']:6.2f} %  {row['param_count']:6.2f} M  {row['gflops']:7.3f} GFLOPs  {row['model']}")
+    print(f"{len(rows)} runs in {options.output}")
+    return 0
+
+
+def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, Any]]:
+    """Makes the rows of the table, best first. Unfinished runs are reported and left out.
+
+    Args:
+        runs: Folders of runs.
+        recipe: Configuration that the runs' settings are compared with.
+
+    Raises:
+        FileNotFoundError: If a folder holds no run or no weights.
+        ValueError: If no run is finished, or two of them have the same settings.
+    """
+    rows = []
+    for run in map(Path, runs):
+        if not (run / "config.yaml").is_file():
+            raise FileNotFoundError(f"{run} holds no run: there is no config.yaml")
+        config, log = load_config(str(run / "config.yaml")), read_log(run)
+        if not log or log[-1]["epoch"] < config.optim.epochs:
+            _logger.warning("%s is left out: %d of %d epochs", run, len(log), config.optim.epochs)
+            continue
+        model, card = load_trained(run / "last.safetensors")
+        size = (1, card.kwargs["in_chans"], *card.preprocessing.size)
+        rows.append(
+            {
+                "model": config.model.name.partition(".")[0],  # a tag tells where the run started from
+                "img_size": card.preprocessing.size[-1],
+                "top1": log[-1]["top1"],
+                "top5": log[-1]["top5"],
+                "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 3),
+                "gflops": round(count_flops(model, size) / 1e9, 4),
+                "train_samples_per_sec": round(statistics.median(e["images_per_second"] for e in log[1:] or log)),
+                "epochs": config.optim.epochs,
+                "command": training_command(asdict(config), recipe),
+            }
+        )
+    if not rows:
+        raise ValueError(f"none of the runs is finished: {', '.join(map(str, runs))}")
+    commands = [row["command"] for row in rows]
+    twice = sorted({command for command in commands if commands.count(command) > 1})
+    if twice:
+        raise ValueError(f"several runs have the same settings: {'; '.join(twice)}")
+    return sorted(rows, key=lambda row: (-row["top1"], row["model"]))
+
+
+def count_flops(model: nn.Module, size: Sequence[int]) -> int:
+    """Floating-point operations of one forward of an input of this size (B, C, H, W), 2 for a multiply-add."""
+    model = model.eval()
+    parameter = next(model.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(size, device=parameter.device, dtype=parameter.dtype))
+    return counter.get_total_flops()
+
+
+def training_command(settings: Mapping[str, Any], recipe: str) -> str:
+    """The command that trains with these settings: the recipe and what differs from it."""
+    common = dict(_flat(asdict(load_config(recipe))))
+    own = {name: value for name, value in _flat(settings) if name not in NO_MATTER}
+    changes = [f"{name}={_written(own[name])}" for name in own if name not in common or own[name] != common[name]]
+    gone = [f"{name}=null" for name in common if name not in own and name not in NO_MATTER]
+    return " ".join(["python -m zoo.tools.train", recipe, *changes, *gone])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _written(value: Any) -> str:
+    """A setting as the command line takes it."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"'{text}'" if set(text) & set(" []{},") else text
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path, device: str) -> None:
+    """Writes the rows as CSV below a comment that says what they were measured with.
+
+    Args:
+        rows: As from :func:`collect`.
+        path: File; folders are made.
+        device: What the runs were trained on.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    versions = f"vision-ssm-zoo {zoo.__version__}, torch {torch.__version__}, timm {timm.__version__}"
+    with path.open("w", newline="") as file:
+        file.write(f"# Trained on {device}; {versions}. Made by: python -m zoo.tools.leaderboard\n")
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _this_device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU ({platform.machine()})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
