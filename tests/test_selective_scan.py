@@ -354,6 +354,22 @@ def test_drop_in_accepts_every_rank_of_B_and_C(B_rank, C_rank):
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "backend_name, device",
+    [
+        ("cpu", "cpu"),
+        pytest.param("triton", "cpu", marks=pytest.mark.interpreted),
+        pytest.param("triton", *GPU.values, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("case_name", ["bidirectional", "regions_table"])
+def test_gradients_are_contiguous_as_the_compiler_was_told(backend_name, device, case_name):
+    case = CASES[case_name]
+    inputs, cotangents = case.inputs(torch.float32, device), cotangents_for(case, device)
+    results = run_op(case, inputs, cotangents, backend_name)
+    assert all(grad.is_contiguous() for name, grad in results.items() if name not in ("out", "last_state"))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case_name", ["bidirectional", "table", "bare"])
 def test_opcheck(device, case_name):

@@ -427,4 +427,4 @@ def backward(
     dinitial = None if dinitial is None else dinitial.transpose(2, 3)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
     pairs = [(grad, x) for grad, x in zip(grads, given, strict=True) if x is not None]
-    return [grad.to(x.dtype, memory_format=torch.contiguous_format) for grad, x in pairs]
+    return [grad.to(x.dtype).contiguous() for grad, x in pairs]

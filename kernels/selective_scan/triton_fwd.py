@@ -205,7 +205,8 @@ def forward(
 
     out = u.new_empty(batch, L, channels)
     last_state = u.new_empty(batch, K, N, channels, dtype=dtype)
-    states = u.new_empty(batch, K, chunks, N, channels, dtype=dtype)
+    # Chunks beyond the end of a short path are never reached, but an op's output must not be left to chance.
+    states = (u.new_empty if complete else u.new_zeros)(batch, K, chunks, N, channels, dtype=dtype)
     merged = None
     if merge:
         merged = (torch.empty if complete else torch.zeros)(batch, L, channels, dtype=dtype, device=u.device)
