@@ -16,7 +16,7 @@ Differences from the original:
 4. A_log, D, step and convolution biases are exempt from weight decay, as in Mamba-2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,38 +25,20 @@ from timm.layers import (
     DropPath,
     SwiGLU,
     calculate_drop_path_rates,
-    get_device_dtype,
-    resample_patch_embed,
-    trunc_normal_,
 )
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
 from zoo.backbones.layers.patch_embed import PatchEmbed
-from zoo.backbones.layers.position import record_input_size, resample_pos_embed
 from zoo.backbones.layers.ssd import SSDMixer, stack_ssd_parameters
 from zoo.registry import packaged_weights
 
 __all__ = ["Adventurer"]
-
-GLOBAL_POOLS = ("token", "avg", "")
-
-
-@torch.fx.wrap
-@register_notrace_function
-def _fit_positions(pos_embed: Tensor, old_grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:
-    """Position embedding (1, N + 1, D) on another grid; its last row, the class token's, is kept."""
-    if not torch.compiler.is_exporting() and tuple(old_grid) == tuple(new_grid):
-        return pos_embed
-    patches = resample_pos_embed(pos_embed[:, :-1], old_grid, new_grid, None)
-    return torch.cat([patches, pos_embed[:, -1:]], dim=1)
 
 
 class AdventurerBlock(nn.Module):
@@ -105,7 +87,7 @@ class AdventurerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm_mlp(x)))
 
 
-class Adventurer(nn.Module):
+class Adventurer(ColumnarBackbone):
     """Patch tokens with position embeddings and a class token at the end, through a column of Mamba-2 blocks.
 
     Args:
@@ -156,15 +138,7 @@ class Adventurer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.num_prefix_tokens = 1
-        self.dynamic_img_size = dynamic_img_size
-        self.grad_checkpointing = False
-        self._set_global_pool(global_pool)
-
+        super().__init__(embed_dim, in_chans, num_classes, global_pool, "last", dynamic_img_size)
         self.patch_embed = PatchEmbed(img_size, patch_size, None, in_chans, embed_dim, **dd)
         num_patches = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
@@ -179,209 +153,18 @@ class Adventurer(nn.Module):
         rates = [0.0, *calculate_drop_path_rates(drop_path_rate, depth)]
         self.blocks = nn.ModuleList(make_block(index, rates[index]) for index in range(depth))
         self._set_feature_info()
+        self.feature_norms = nn.ModuleDict()
         self.norm = nn.RMSNorm(embed_dim, eps=norm_eps, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)
 
-    def _set_feature_info(self) -> None:
-        self.feature_info = [
-            dict(num_chs=self.embed_dim, reduction=self.patch_embed.stride[0], module=f"blocks.{i}")
-            for i in range(len(self.blocks))
-        ]
-
-    def _set_global_pool(self, global_pool: str) -> None:
-        if global_pool not in GLOBAL_POOLS:
-            choices = ", ".join(map(repr, GLOBAL_POOLS))
-            raise ValueError(f"global_pool={global_pool!r} is not known; use one of {choices}")
-        self.global_pool = global_pool
-
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialises every parameter.
-
-        Args:
-            needs_reset: Whether the layers' own initialisation runs first, as after ``to_empty()``.
-        """
-        if needs_reset:
-            for module in self.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-        self.patch_embed.init_weights()
-        trunc_normal_(self.cls_token, std=0.02)
-        trunc_normal_(self.pos_embed, std=0.02)
-        for block in self.blocks:
-            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=5**0.5)
-            with torch.no_grad():
-                block.mixer.out_proj.weight /= len(self.blocks) ** 0.5
-        self._init_head()
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone."""
-        exempt = ("pos_embed", "cls_token", "A_log", "D", "dt_bias", "conv_bias")
-        return {name for name, _ in self.named_parameters() if name.split(".")[-1] in exempt}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that order parameters from stem to head, for layer-wise decay and freezing."""
-        blocks = r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return dict(stem=r"^cls_token|^pos_embed|^patch_embed", blocks=blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are recomputed in the backward instead of kept."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier.
-
-        Args:
-            num_classes: Classes; 0 for none.
-            global_pool: New pooling; None keeps the current one.
-        """
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes, **get_device_dtype(self)) if num_classes else nn.Identity()
-        self.head.train(self.training)
-        self._init_head()
-
-    @torch.jit.ignore
-    def set_input_size(
-        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
-    ) -> None:
-        """Remakes the position embedding, and the patch projection if asked, for another size.
-
-        Args:
-            img_size: New image size (H, W) or one side; None keeps it.
-            patch_size: New patch side; None keeps it.
-        """
-        old_grid = self.patch_embed.grid_size
-        if patch_size is not None:
-            self.patch_embed.set_patch_size(patch_size)
-            self._set_feature_info()
-        if img_size is not None:
-            self.patch_embed.set_image_size(img_size)
-        if self.patch_embed.grid_size != old_grid:
-            resampled = _fit_positions(self.pos_embed.detach(), old_grid, self.patch_embed.grid_size)
-            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
-        record_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
-
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image (B, C, H, W) to tokens (B, N + 1, D) with positions, the class token last, and their patch grid."""
-        if not self.dynamic_img_size:
-            torch._assert(
-                (x.shape[-2], x.shape[-1]) == self.patch_embed.img_size,
-                "the image is not of the model's img_size; use dynamic_img_size=True or set_input_size()",
-            )
-        x = self.patch_embed(x)  # (B, D, grid H, grid W)
-        grid = (x.shape[-2], x.shape[-1]) if self.dynamic_img_size else self.patch_embed.grid_size
-        patches = x.flatten(2).transpose(1, 2)  # (B, N, D)
-        tokens = torch.cat([patches, self.cls_token.expand(x.shape[0], -1, -1)], dim=1)
-        return self.pos_drop(tokens + _fit_positions(self.pos_embed, self.patch_embed.grid_size, grid)), grid
-
-    def _run_block(self, block: AdventurerBlock, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(block, x)
-        return block(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to normed tokens (B, N + 1, D), the class token last."""
-        x, _ = self.embed(x)
-        for block in self.blocks:
-            x = self._run_block(block, x)
-        return self.norm(x)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """Tokens (B, N + 1, D) to one feature (B, D), or unchanged with ``global_pool=""``."""
-        if self.global_pool == "":
-            return x
-        return x[:, -1] if self.global_pool == "token" else x[:, :-1].mean(dim=1)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, N + 1, D) to logits (B, num_classes), or to the pooled feature with ``pre_logits``."""
-        x = self.head_drop(self.pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features after chosen blocks.
-
-        Args:
-            x: Image (B, C, H, W).
-            indices: Blocks to take: the last n if int, all if None, else their indices.
-            return_prefix_tokens: Whether each intermediate comes with its class token (B, 1, D).
-            norm: Whether the final norm is applied to the intermediates.
-            stop_early: Whether blocks after the last chosen one are skipped.
-            output_fmt: ``"NCHW"`` for maps (B, D, grid H, grid W), ``"NLC"`` for patch tokens (B, N, D).
-            intermediates_only: Whether to return the intermediates without the final tokens.
-
-        Returns:
-            Intermediates, or (final tokens as from ``forward_features``, intermediates).
-
-        Raises:
-            ValueError: If ``output_fmt`` is not one of the above.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is not known; use 'NCHW' or 'NLC'")
-        take_indices, last = feature_take_indices(len(self.blocks), indices)
-        x, grid = self.embed(x)
-        intermediates = []
-        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run_block(block, x)
-            if index in take_indices:
-                feature = self.norm(x) if norm else x
-                patches, class_token = feature[:, :-1], feature[:, -1:]
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, grid H, grid W)
-                intermediates.append((patches, class_token) if return_prefix_tokens else patches)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes what the intermediates at ``indices`` do not need.
-
-        Args:
-            indices: As in :meth:`forward_intermediates`.
-            prune_norm: Whether the final norm goes too.
-            prune_head: Whether the classifier goes too.
-
-        Returns:
-            The indices of the chosen blocks.
-        """
-        take_indices, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        self._set_feature_info()
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
+    def _advance(
+        self, index: int, stream: Tensor, grid: tuple[int, int], context: None, run: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one block, which adds to the stream by itself."""
+        stream = run(self.blocks[index], stream)
+        return stream, stream
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Adventurer) -> dict[str, Tensor]:
@@ -400,23 +183,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Adventurer) -> di
     Raises:
         ValueError: If the position embedding's grid cannot be told.
     """
-    for envelope in ("model", "state_dict", "model_ema"):
-        if isinstance(state_dict.get(envelope), Mapping):
-            state_dict = state_dict[envelope]
-            break
+    state_dict = unwrap_checkpoint(state_dict)
     if any(name.startswith("layers.") for name in state_dict):
         state_dict = _from_upstream_names(state_dict)
-    state_dict = dict(state_dict)
-    for part in ("norm", "head"):
-        if isinstance(getattr(model, part), nn.Identity):
-            state_dict = {name: t for name, t in state_dict.items() if not name.startswith(f"{part}.")}
-    if "pos_embed" in state_dict:
-        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model)
-    kernel = model.patch_embed.proj.weight.shape[-2:]
-    if "patch_embed.proj.weight" in state_dict and state_dict["patch_embed.proj.weight"].shape[-2:] != kernel:
-        weight = resample_patch_embed(state_dict["patch_embed.proj.weight"], list(kernel))
-        state_dict["patch_embed.proj.weight"] = weight
-    return state_dict
+    return fit_checkpoint(dict(state_dict), model, "last")
 
 
 def _from_upstream_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -431,20 +201,6 @@ def _from_upstream_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(theirs, ours)
         renamed[name] = tensor
     return stack_ssd_parameters(renamed)
-
-
-def _fit_pos_embed(pos_embed: Tensor, model: Adventurer) -> Tensor:
-    """Resamples a square position embedding with the class row last to the model's grid."""
-    grid, num_patches = model.patch_embed.grid_size, pos_embed.shape[1] - 1
-    if num_patches == grid[0] * grid[1]:
-        return pos_embed
-    side = round(num_patches**0.5)
-    if side * side != num_patches:
-        raise ValueError(
-            f"pos_embed has {num_patches} patch rows, neither the model's {grid[0]}x{grid[1]} nor a square grid; "
-            "build the model with the checkpoint's img_size, load, then call set_input_size()"
-        )
-    return _fit_positions(pos_embed, (side, side), grid)
 
 
 def from_upstream(kwargs: Mapping[str, Any]) -> Adventurer:

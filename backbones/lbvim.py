@@ -24,7 +24,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from zoo.backbones.layers.class_token import ClassToken
-from zoo.backbones.vim import VisionMamba, fit_checkpoint, rename_upstream
+from zoo.backbones.layers.columnar import fit_checkpoint
+from zoo.backbones.vim import VisionMamba, rename_upstream
 
 __all__ = ["LBVim"]
 

@@ -20,35 +20,33 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, apply_rot_embed, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, apply_rot_embed, calculate_drop_path_rates
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
     generate_default_cfgs,
     register_model,
     register_notrace_module,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.backbones.layers.class_token import insert_class_tokens, split_class_tokens
+from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.patch_embed import PatchEmbed
-from zoo.backbones.layers.position import record_input_size, resample_pos_embed, rotary_table
+from zoo.backbones.layers.position import resample_pos_embed, rotary_table
 from zoo.backbones.scans.local import Route, check_direction, local_routes
-from zoo.backbones.vim import fit_checkpoint
 from zoo.kernels import causal_conv1d, selective_scan
 
 __all__ = ["LocalVim"]
 
+torch.fx.wrap("resample_pos_embed")  # single nodes for FX in this file too
+torch.fx.wrap("rotary_table")
+
 NORM_LAYERS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
-GLOBAL_POOLS = ("token", "avg", "")
-FeatureSource = Literal["stream", "mixer"]
 
 
 class ChannelAttention(nn.Module):
@@ -221,7 +219,7 @@ class LocalVimBlock(nn.Module):
         return restore_tokens(self.mixer(tokens, grid), order)
 
 
-class LocalVim(nn.Module):
+class LocalVim(ColumnarBackbone):
     """LocalVim: patch tokens, position embeddings, a column of blocks that scan in local windows, mean or class token.
 
     Args:
@@ -255,6 +253,8 @@ class LocalVim(nn.Module):
         ValueError: If an argument is not one of its choices or does not fit another.
     """
 
+    feature_sources = ("stream", "mixer")
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -283,7 +283,6 @@ class LocalVim(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
         if norm_layer not in NORM_LAYERS:
             raise ValueError(f"norm_layer={norm_layer!r} is not known; use one of {', '.join(NORM_LAYERS)}")
         if rope and embed_dim % 4:
@@ -292,15 +291,9 @@ class LocalVim(nn.Module):
             raise ValueError(f"feature_norms={tuple(feature_norms)} names a block that is not among the {depth}")
         if not directions or not all(directions) or isinstance(directions[0], str):
             raise ValueError(f"directions={directions!r} must be sequences of names, one for every block")
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.class_token = "middle" if class_token else None
-        self.num_prefix_tokens = int(class_token)
+        super().__init__(embed_dim, in_chans, num_classes, global_pool, "middle" if class_token else None)
         self.rope = rope
         self.residual_in_fp32 = residual_in_fp32
-        self.grad_checkpointing = False
-        self._set_global_pool(global_pool)
         self.patch_embed = PatchEmbed(img_size, patch_size, None, in_chans, embed_dim, **dd)
         num_patches = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
@@ -327,259 +320,31 @@ class LocalVim(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)
 
-    def _set_feature_info(self) -> None:
-        self.feature_info = [
-            dict(num_chs=self.embed_dim, reduction=self.patch_embed.stride[0], module=f"blocks.{i}")
-            for i in range(len(self.blocks))
-        ]
-
-    def _set_global_pool(self, global_pool: str) -> None:
-        if global_pool not in GLOBAL_POOLS:
-            raise ValueError(
-                f"global_pool={global_pool!r} is not known; use one of {', '.join(map(repr, GLOBAL_POOLS))}"
-            )
-        if global_pool == "token" and self.class_token is None:
-            raise ValueError("global_pool='token' needs a class token; use 'avg' or set class_token=True")
-        self.global_pool = global_pool
-
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialises every parameter.
-
-        Args:
-            needs_reset: Whether the layers' own initialisation runs first, as after ``to_empty()``.
-        """
-        if needs_reset:
-            for module in self.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-        self.patch_embed.init_weights()
-        trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=0.02)
-        for block in self.blocks:
-            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=5**0.5)
-            with torch.no_grad():
-                block.mixer.out_proj.weight /= len(self.blocks) ** 0.5
-        self._init_head()
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone."""
-        exempt = ("pos_embed", "cls_token", "A_log", "D", "dt_bias", "conv_bias")
-        return {name for name, _ in self.named_parameters() if name.split(".")[-1] in exempt}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that order parameters from stem to head, for layer-wise decay and freezing."""
-        norms = r"^norm|^feature_norms"
-        blocks = r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (norms, (99999,))]
-        return dict(stem=r"^cls_token|^pos_embed|^patch_embed", blocks=blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are recomputed in the backward instead of kept."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier.
-
-        Args:
-            num_classes: Classes; 0 for none.
-            global_pool: New pooling; None keeps the current one.
-        """
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes, **get_device_dtype(self)) if num_classes else nn.Identity()
-        self.head.train(self.training)
-        self._init_head()
-
-    @torch.jit.ignore
-    def set_input_size(
-        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
-    ) -> None:
-        """Remakes the position embedding, and the patch projection if asked, for another size.
-
-        Args:
-            img_size: New image size (H, W) or one side; None keeps it.
-            patch_size: New patch side; None keeps it.
-        """
-        old_grid = self.patch_embed.grid_size
-        if patch_size is not None:
-            self.patch_embed.set_patch_size(patch_size)
-            self._set_feature_info()
-        if img_size is not None:
-            self.patch_embed.set_image_size(img_size)
-        grid = self.patch_embed.grid_size
-        resampled = resample_pos_embed(self.pos_embed.detach(), old_grid, grid, self.class_token)
-        self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
-        record_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
-
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image (B, C, H, W) to tokens (B, L, D) with class token and positions, and their patch grid."""
-        x = self.patch_embed(x)  # (B, D, grid H, grid W)
-        grid = (x.shape[-2], x.shape[-1])
-        tokens = x.flatten(2).transpose(1, 2)  # (B, N, D)
-        class_tokens = tokens[:, :0] if self.cls_token is None else self.cls_token.expand(x.shape[0], -1, -1)
-        tokens = insert_class_tokens(tokens, class_tokens, self.class_token)
-        tokens = tokens + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.class_token)
-        return self.pos_drop(tokens), grid
-
-    def _stream(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor] | None]:
-        """Image to the residual stream before the first block, the patch grid and the rotary table."""
+    def _stream(self, x: Tensor) -> tuple[Tensor, tuple[int, int], Any]:
+        """Image to the residual stream before the first block, the patch grid, rotary table and token orders."""
         tokens, grid = self.embed(x)
         if self.residual_in_fp32:
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        if not self.rope:
-            return tokens, grid, None
-        own_grid = self.patch_embed.grid_size
-        tables = rotary_table(own_grid, self.embed_dim, 14, self.class_token, tokens.device, tokens.dtype)
-        # As published, the table of the model's own grid is resampled, like its position embedding.
-        sin, cos = (resample_pos_embed(tables[i], own_grid, grid, self.class_token) for i in range(2))
-        return apply_rot_embed(tokens, sin, cos), grid, (sin, cos)
+        table = None
+        if self.rope:
+            own_grid = self.patch_embed.grid_size
+            tables = rotary_table(own_grid, self.embed_dim, 14, self.class_token, tokens.device, tokens.dtype)
+            # As published, the table of the model's own grid is resampled, like its position embedding.
+            table = tuple(resample_pos_embed(tables[i], own_grid, grid, self.class_token) for i in range(2))
+            tokens = apply_rot_embed(tokens, *table)
+        return tokens, grid, (table, self.layer_shuffle(tokens))
 
     def _advance(
-        self,
-        index: int,
-        stream: Tensor,
-        grid: tuple[int, int],
-        order: TokenOrder | None,
-        table: tuple[Tensor, Tensor] | None,
-        run: Callable[..., Tensor],
+        self, index: int, stream: Tensor, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Runs one block; returns the stream as the next block reads it, and the block's own output."""
+        table, orders = context
         block = self.blocks[index]
-        update = run(block, stream, grid, order)
+        update = run(block, stream, grid, orders[index])
         stream = stream + block.drop_path(update)
         if table is None or index == self.depth - 1:  # the final norm reads the stream unturned
             return stream, update
-        return apply_rot_embed(stream, table[0], table[1]), update
-
-    def _runner(self) -> Callable[..., Tensor]:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint
-        return lambda block, stream, grid, order: block(stream, grid, order)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to normed tokens (B, L, D), the class token in its place."""
-        run = self._runner()
-        stream, grid, table = self._stream(x)
-        orders = self.layer_shuffle(stream)
-        for index in range(len(self.blocks)):
-            stream, _ = self._advance(index, stream, grid, orders[index], table, run)
-        return self._final_norm(stream)
-
-    def _final_norm(self, stream: Tensor) -> Tensor:
-        """Norm over the stream, in the dtype of the model's weights."""
-        return self.norm(stream.to(self.patch_embed.proj.weight.dtype))
-
-    def pool(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, D) to one feature (B, D), or unchanged without pooling."""
-        if self.global_pool == "":
-            return x
-        patches, class_tokens = split_class_tokens(x, self.class_token)
-        return (class_tokens if self.global_pool == "token" else patches).mean(dim=1)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, L, D) to logits (B, num_classes), or to the pooled feature with ``pre_logits``."""
-        x = self.head_drop(self.pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        source: FeatureSource = "stream",
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features after chosen blocks; those of blocks in ``feature_norms`` go through their own norm.
-
-        Args:
-            x: Image (B, C, H, W).
-            indices: Blocks to take: the last n if int, all if None, else their indices.
-            return_prefix_tokens: Whether each intermediate comes with its class tokens (B, T, D).
-            norm: Whether the final norm is applied to features without a norm of their own.
-            stop_early: Whether blocks after the last chosen one are skipped.
-            output_fmt: ``"NCHW"`` for maps (B, D, grid H, grid W), ``"NLC"`` for patch tokens (B, N, D).
-            intermediates_only: Whether to return the intermediates without the final tokens.
-            source: ``"stream"`` for the residual stream as the next block reads it, ``"mixer"`` for what the block
-                alone computed, without the residual, as in the authors' dense prediction models.
-
-        Returns:
-            Intermediates, or (final tokens as from ``forward_features``, intermediates).
-
-        Raises:
-            ValueError: If ``output_fmt`` or ``source`` is not one of the above.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is not known; use 'NCHW' or 'NLC'")
-        if source not in ("stream", "mixer"):
-            raise ValueError(f"source={source!r} is not known; use 'stream' or 'mixer'")
-        take_indices, last = feature_take_indices(len(self.blocks), indices)
-        run = self._runner()
-        stream, grid, table = self._stream(x)
-        orders = self.layer_shuffle(stream)
-        intermediates = []
-        for index in range(last + 1 if stop_early else len(self.blocks)):
-            stream, update = self._advance(index, stream, grid, orders[index], table, run)
-            if index in take_indices:
-                feature = self._normed_feature(index, stream if source == "stream" else update, norm)
-                patches, class_tokens = split_class_tokens(feature, self.class_token)
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, grid H, grid W)
-                intermediates.append((patches, class_tokens) if return_prefix_tokens else patches)
-        if intermediates_only:
-            return intermediates
-        return self._final_norm(stream), intermediates
-
-    def _normed_feature(self, index: int, feature: Tensor, norm: bool) -> Tensor:
-        """The feature of a block through its own norm or, if asked, the final one; in the dtype of the weights."""
-        feature = feature.to(self.patch_embed.proj.weight.dtype)
-        if str(index) in self.feature_norms:
-            return self.feature_norms[str(index)](feature)
-        return self.norm(feature) if norm else feature
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes what the intermediates at ``indices`` do not need.
-
-        Args:
-            indices: As in :meth:`forward_intermediates`.
-            prune_norm: Whether the final norm goes too.
-            prune_head: Whether the classifier goes too.
-
-        Returns:
-            The indices of the chosen blocks.
-        """
-        take_indices, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        self._set_feature_info()
-        for index in set(self.feature_norms) - {str(index) for index in take_indices}:
-            del self.feature_norms[index]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
+        return apply_rot_embed(stream, *table), update
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LocalVim) -> dict[str, Tensor]:
@@ -598,10 +363,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LocalVim) -> dict
     Raises:
         ValueError: If the position embedding's grid cannot be told.
     """
-    for envelope in ("model", "state_dict", "model_ema"):
-        if isinstance(state_dict.get(envelope), Mapping):
-            state_dict = state_dict[envelope]
-            break
+    state_dict = unwrap_checkpoint(state_dict)
     upstream = any(name.startswith("layers.") for name in state_dict)
     state_dict = _from_upstream_names(state_dict) if upstream else dict(state_dict)
     return fit_checkpoint(state_dict, model, "middle" if "cls_token" in state_dict else None)

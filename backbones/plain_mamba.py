@@ -23,20 +23,18 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, to_2tuple, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
     generate_default_cfgs,
     register_model,
     register_notrace_function,
     register_notrace_module,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
-from zoo.backbones.layers.position import record_input_size, resample_pos_embed
 from zoo.backbones.scans.memory import remember_tables
 from zoo.backbones.scans.snake import SNAKE_MOVES, snake, snake_moves
 from zoo.kernels import selective_scan
@@ -185,6 +183,7 @@ class ConvPatchEmbed(nn.Module):
         if patch_size < 2 or patch_size % 2:
             raise ValueError(f"patch_size must be even, because the stem halves the image, got {patch_size}")
         self.patch_size = patch_size
+        self.stride = (patch_size, patch_size)
         self.set_image_size(img_size)
 
         def conv(channels: int, kernel: int, stride: int) -> list[nn.Module]:
@@ -257,7 +256,7 @@ class PlainMambaBlock(nn.Module):
         return self.dwconv(image).flatten(2).transpose(1, 2)
 
 
-class PlainMamba(nn.Module):
+class PlainMamba(ColumnarBackbone):
     """PlainMamba: convolutional stem, position embedding, a column of snake-scanning blocks, mean, classifier.
 
     Args:
@@ -289,6 +288,8 @@ class PlainMamba(nn.Module):
         ValueError: If an argument is not one of its choices or does not fit another.
     """
 
+    global_pools = ("avg", "")
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -316,17 +317,13 @@ class PlainMamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
+        super().__init__(embed_dim, in_chans, num_classes, global_pool)
         for name, indices in (("dwconv_blocks", dwconv_blocks), ("feature_norms", feature_norms)):
             if any(not 0 <= index < depth for index in indices):
                 raise ValueError(f"{name}={tuple(indices)} names a block that is not among the {depth}")
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.grad_checkpointing = False
-        self._set_global_pool(global_pool)
         self.patch_embed = ConvPatchEmbed(img_size, patch_size, in_chans, embed_dim, stem_width, stem_convs, **dd)
         num_patches = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
+        self.cls_token = None
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim, **dd))
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
@@ -345,17 +342,6 @@ class PlainMamba(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)
 
-    def _set_feature_info(self) -> None:
-        self.feature_info = [
-            dict(num_chs=self.embed_dim, reduction=self.patch_embed.patch_size, module=f"blocks.{i}")
-            for i in range(len(self.blocks))
-        ]
-
-    def _set_global_pool(self, global_pool: str) -> None:
-        if global_pool not in ("avg", ""):
-            raise ValueError(f"global_pool={global_pool!r} is not known; use 'avg' or ''")
-        self.global_pool = global_pool
-
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialises every parameter.
 
@@ -371,157 +357,26 @@ class PlainMamba(nn.Module):
         trunc_normal_(self.pos_embed, std=0.02)
         self._init_head()
 
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone."""
-        exempt = ("pos_embed", "A_log", "D", "dt_bias", "direction_B")
-        return {name for name, _ in self.named_parameters() if name.split(".")[-1] in exempt}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that order parameters from stem to head, for layer-wise decay and freezing."""
-        norms = r"^norm|^feature_norms"
-        blocks = r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (norms, (99999,))]
-        return dict(stem=r"^pos_embed|^patch_embed", blocks=blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are recomputed in the backward instead of kept."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier.
-
-        Args:
-            num_classes: Classes; 0 for none.
-            global_pool: New pooling; None keeps the current one.
-        """
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes, **get_device_dtype(self)) if num_classes else nn.Identity()
-        self.head.train(self.training)
-        self._init_head()
-
     @torch.jit.ignore
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Remakes the position embedding for another image size (H, W) or one side."""
-        old_grid = self.patch_embed.grid_size
-        self.patch_embed.set_image_size(img_size)
-        resampled = resample_pos_embed(self.pos_embed.detach(), old_grid, self.patch_embed.grid_size, None)
-        self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
-        record_input_size(self, self.patch_embed.img_size)
+        super().set_input_size(img_size)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image (B, C, H, W) to tokens (B, L, D) with positions, and their grid."""
-        x = self.patch_embed(x)  # (B, D, grid H, grid W)
-        grid = (x.shape[-2], x.shape[-1])
-        tokens = x.flatten(2).transpose(1, 2)  # (B, L, D)
-        return self.pos_drop(tokens + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, None)), grid
+    def _stream(self, x: Tensor) -> tuple[Tensor, tuple[int, int], Any]:
+        """Image to tokens before the first block, their grid and their orders in every block."""
+        tokens, grid = self.embed(x)
+        return tokens, grid, self.layer_shuffle(tokens)
 
-    def _runner(self) -> Callable[..., Tensor]:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint
-        return lambda block, x, grid, order: block(x, grid, order)
+    def _advance(
+        self, index: int, stream: Tensor, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one block, which adds to the stream by itself."""
+        stream = run(self.blocks[index], stream, grid, context[index])
+        return stream, stream
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to normed tokens (B, L, D)."""
-        run = self._runner()
-        x, grid = self.embed(x)
-        for block, order in zip(self.blocks, self.layer_shuffle(x), strict=False):  # fewer blocks if pruned
-            x = run(block, x, grid, order)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, L, D) to logits (B, num_classes), or to the pooled feature with ``pre_logits``."""
-        x = self.head_drop(x.mean(dim=1) if self.global_pool == "avg" else x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features after chosen blocks; those of blocks in ``feature_norms`` go through their own norm.
-
-        Args:
-            x: Image (B, C, H, W).
-            indices: Blocks to take: the last n if int, all if None, else their indices.
-            norm: Whether the final norm is applied to features without a norm of their own.
-            stop_early: Whether blocks after the last chosen one are skipped.
-            output_fmt: ``"NCHW"`` for maps (B, D, grid H, grid W), ``"NLC"`` for tokens (B, L, D).
-            intermediates_only: Whether to return the intermediates without the final tokens.
-
-        Returns:
-            Intermediates, or (final tokens as from ``forward_features``, intermediates).
-
-        Raises:
-            ValueError: If ``output_fmt`` is not one of the above.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is not known; use 'NCHW' or 'NLC'")
-        take_indices, last = feature_take_indices(len(self.blocks), indices)
-        run = self._runner()
-        x, grid = self.embed(x)
-        orders = self.layer_shuffle(x)
-        intermediates = []
-        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = run(block, x, grid, orders[index])
-            if index not in take_indices:
-                continue
-            feature = x
-            if str(index) in self.feature_norms:
-                feature = self.feature_norms[str(index)](x)
-            elif norm:
-                feature = self.norm(x)
-            if output_fmt == "NCHW":
-                feature = feature.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, grid H, grid W)
-            intermediates.append(feature)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes what the intermediates at ``indices`` do not need.
-
-        Args:
-            indices: As in :meth:`forward_intermediates`.
-            prune_norm: Whether the final norm goes too.
-            prune_head: Whether the classifier goes too.
-
-        Returns:
-            The indices of the chosen blocks.
-        """
-        take_indices, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        self._set_feature_info()
-        for index in set(self.feature_norms) - {str(index) for index in take_indices}:
-            del self.feature_norms[index]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
+    def _in_weight_dtype(self, stream: Tensor) -> Tensor:
+        """The stream as it is: blocks may end in a convolution, whose output autocast narrows."""
+        return stream
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PlainMamba) -> dict[str, Tensor]:
@@ -540,18 +395,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PlainMamba) -> di
     Raises:
         ValueError: If the position embedding's grid cannot be told.
     """
-    if isinstance(state_dict.get("state_dict"), Mapping):
-        state_dict = state_dict["state_dict"]
+    state_dict = unwrap_checkpoint(state_dict)
     if any(name.startswith(("backbone.", "layers.")) for name in state_dict):
         state_dict = _from_upstream_names(state_dict)
-    else:
-        state_dict = dict(state_dict)
-    for part in ("norm", "head"):
-        if isinstance(getattr(model, part), nn.Identity):
-            state_dict = {name: t for name, t in state_dict.items() if not name.startswith(f"{part}.")}
-    if "pos_embed" in state_dict:
-        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model.patch_embed.grid_size)
-    return state_dict
+    return fit_checkpoint(dict(state_dict), model, None)
 
 
 def _from_upstream_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -579,20 +426,6 @@ def _from_upstream_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(theirs, ours, 1)
         converted[name] = tensor
     return converted
-
-
-def _fit_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resamples a position embedding to a grid."""
-    length = pos_embed.shape[1]
-    if length == grid[0] * grid[1]:
-        return pos_embed
-    side = math.isqrt(length)
-    if side * side != length:
-        raise ValueError(
-            f"pos_embed has {length} rows, neither the model's {grid[0]}x{grid[1]} nor a square grid; "
-            "build the model with the checkpoint's img_size, load, then call set_input_size()"
-        )
-    return resample_pos_embed(pos_embed, (side, side), grid, None)
 
 
 def from_upstream(class_name: str, kwargs: Mapping[str, Any], num_classes: int = 0) -> PlainMamba:

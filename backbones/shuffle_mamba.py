@@ -29,8 +29,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from zoo.backbones.layers.class_token import ClassToken
+from zoo.backbones.layers.columnar import fit_checkpoint
 from zoo.backbones.layers.position import resample_pos_embed
-from zoo.backbones.vim import NORM_LAYERS, VisionMamba, fit_checkpoint, rename_upstream
+from zoo.backbones.vim import NORM_LAYERS, VisionMamba, rename_upstream
 
 __all__ = ["ShuffleMamba", "ShuffleMambaReg", "split_registers", "spread_registers"]
 

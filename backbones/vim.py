@@ -19,7 +19,7 @@ Differences from the original:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -27,36 +27,30 @@ from timm.layers import (
     DropPath,
     apply_rot_embed,
     calculate_drop_path_rates,
-    get_device_dtype,
-    resample_patch_embed,
-    trunc_normal_,
 )
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
     generate_default_cfgs,
     register_model,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.backbones.layers.class_token import (
     ClassToken,
     check_class_token,
-    insert_class_tokens,
-    num_class_tokens,
-    split_class_tokens,
 )
+from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.mamba import Directions, MambaMixer, Merge, stack_mixer_parameters
 from zoo.backbones.layers.patch_embed import PatchEmbed
-from zoo.backbones.layers.position import record_input_size, resample_pos_embed, rotary_table
+from zoo.backbones.layers.position import rotary_table
 from zoo.registry import packaged_weights
 
 __all__ = ["VisionMamba"]
 
+torch.fx.wrap("rotary_table")  # a single node for FX in this file too
+
 NORM_LAYERS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
-FeatureSource = Literal["stream", "mixer"]
 
 
 def _turn(tokens: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -106,7 +100,7 @@ class VimBlockPair(nn.Module):
         return 2 * stream + self.forward_block.drop_path(update)
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(ColumnarBackbone):
     """Vision Mamba: patch tokens, optional class tokens and position embeddings, a column of Mamba blocks.
 
     Args:
@@ -153,6 +147,7 @@ class VisionMamba(nn.Module):
     """
 
     global_pools = ("token", "avg", "last", "max_logit", "")
+    feature_sources = ("stream", "mixer")
 
     def __init__(
         self,
@@ -194,7 +189,6 @@ class VisionMamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
         check_class_token(class_token)
         if norm_layer not in NORM_LAYERS:
             raise ValueError(f"norm_layer={norm_layer!r} is not known; use one of {', '.join(NORM_LAYERS)}")
@@ -202,20 +196,13 @@ class VisionMamba(nn.Module):
             raise ValueError(f"rope needs embed_dim divisible by 4, got {embed_dim}")
         if paired_blocks and depth % 2:
             raise ValueError(f"paired_blocks needs an even depth, got {depth}")
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.class_token = class_token
-        self.num_prefix_tokens = num_class_tokens(class_token)
-        self.dynamic_img_size = dynamic_img_size
+        super().__init__(embed_dim, in_chans, num_classes, global_pool, class_token, dynamic_img_size)
         self.alternate = alternate
         self.residual_in_fp32 = residual_in_fp32
         self.rope = rope
         self.rope_residual = rope_residual
         self.rope_reference_grid = rope_reference_grid
         self.rope_class_token = "first" if rope_class_first and class_token == "middle" else class_token
-        self.grad_checkpointing = False
-        self._set_global_pool(global_pool)
 
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, pad_input, **dd)
         num_patches = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
@@ -243,277 +230,48 @@ class VisionMamba(nn.Module):
             self.blocks.append(VimBlockPair(block, make_block(rate, not flipped)) if paired_blocks else block)
         self.layer_shuffle = LayerShuffle(layer_shuffle, self.depth, shuffle_per_sample)
         self._set_feature_info()
+        self.feature_norms = nn.ModuleDict()
         self.norm = make_norm()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)
 
-    def _set_feature_info(self) -> None:
-        self.feature_info = [
-            dict(num_chs=self.embed_dim, reduction=self.patch_embed.stride[0], module=f"blocks.{i}")
-            for i in range(len(self.blocks))
-        ]
-
-    def _set_global_pool(self, global_pool: str) -> None:
-        if global_pool not in self.global_pools:
-            raise ValueError(
-                f"global_pool={global_pool!r} is not known; use one of {', '.join(map(repr, self.global_pools))}"
-            )
-        if global_pool == "token" and not self.num_prefix_tokens:
-            raise ValueError("global_pool='token' needs a class token; use 'avg' or set class_token")
-        self.global_pool = global_pool
-
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialises every parameter.
-
-        Args:
-            needs_reset: Whether the layers' own initialisation runs first, as after ``to_empty()``.
-        """
-        if needs_reset:
-            for module in self.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-        self.patch_embed.init_weights()
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=0.02)
-        if self.pos_embed is not None:
-            trunc_normal_(self.pos_embed, std=0.02)
-        mixers = [module for module in self.modules() if isinstance(module, MambaMixer)]
-        for mixer in mixers:
-            nn.init.kaiming_uniform_(mixer.out_proj.weight, a=5**0.5)
-            with torch.no_grad():
-                mixer.out_proj.weight /= len(mixers) ** 0.5
-        self._init_head()
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone."""
-        exempt = ("pos_embed", "cls_token", "A_log", "D", "dt_bias", "conv_bias", "gamma")
-        return {name for name, _ in self.named_parameters() if name.split(".")[-1] in exempt}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that order parameters from stem to head, for layer-wise decay and freezing."""
-        blocks = r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return dict(stem=r"^cls_token|^pos_embed|^patch_embed", blocks=blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are recomputed in the backward instead of kept."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier.
-
-        Args:
-            num_classes: Classes; 0 for none.
-            global_pool: New pooling; None keeps the current one.
-        """
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
-        self.num_classes = num_classes
-        factory = get_device_dtype(self)
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
-        self.head.train(self.training)
-        self._init_head()
-
-    @torch.jit.ignore
-    def set_input_size(
-        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
-    ) -> None:
-        """Remakes the position embedding, and the patch projection if asked, for another size.
-
-        Args:
-            img_size: New image size (H, W) or one side; None keeps it.
-            patch_size: New patch side; None keeps it.
-        """
-        old_grid = self.patch_embed.grid_size
-        if patch_size is not None:
-            self.patch_embed.set_patch_size(patch_size)
-            self._set_feature_info()
-        if img_size is not None:
-            self.patch_embed.set_image_size(img_size)
-        if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
-            resampled = resample_pos_embed(
-                self.pos_embed.detach(), old_grid, self.patch_embed.grid_size, self.class_token
-            )
-            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
-        record_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
-
-    def embed_patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image (B, C, H, W) to patch tokens (B, N, D) without positions, and their grid."""
-        if not self.dynamic_img_size:
-            torch._assert(
-                (x.shape[-2], x.shape[-1]) == self.patch_embed.img_size,
-                "the image is not of the model's img_size; use dynamic_img_size=True or set_input_size()",
-            )
-        x = self.patch_embed(x)  # (B, D, grid H, grid W)
-        grid = (x.shape[-2], x.shape[-1]) if self.dynamic_img_size else self.patch_embed.grid_size
-        return x.flatten(2).transpose(1, 2), grid
-
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image (B, C, H, W) to tokens (B, L, D) with class tokens and positions, and their patch grid."""
-        tokens, grid = self.embed_patches(x)
-        class_tokens = tokens[:, :0] if self.cls_token is None else self.cls_token.expand(x.shape[0], -1, -1)
-        tokens = insert_class_tokens(tokens, class_tokens, self.class_token)
-        if self.pos_embed is not None:
-            tokens = tokens + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.class_token)
-        return self.pos_drop(tokens), grid
-
-    def split_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L, D) to patch tokens (B, N, D) and class tokens (B, T, D)."""
-        return split_class_tokens(tokens, self.class_token)
-
-    def _stream(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor] | None]:
-        """Image to the residual stream before the first block, the patch grid and the rotary table."""
+    def _stream(self, x: Tensor) -> tuple[Tensor, tuple[int, int], Any]:
+        """Image to the residual stream before the first block, the patch grid, rotary table and token orders."""
         tokens, grid = self.embed(x)
         if self.residual_in_fp32:
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        if not self.rope:
-            return tokens, grid, None
-        table = rotary_table(
-            grid, self.embed_dim, self.rope_reference_grid, self.rope_class_token, tokens.device, tokens.dtype
-        )
-        return _turn(tokens, table), grid, table
+        table = None
+        if self.rope:
+            table = rotary_table(
+                grid, self.embed_dim, self.rope_reference_grid, self.rope_class_token, tokens.device, tokens.dtype
+            )
+            tokens = _turn(tokens, table)
+        return tokens, grid, (table, self.layer_shuffle(tokens))
 
     def _advance(
-        self,
-        index: int,
-        stream: Tensor,
-        table: tuple[Tensor, Tensor] | None,
-        order: TokenOrder | None,
-        run: Callable[..., Tensor],
+        self, index: int, stream: Tensor, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Runs one block; returns the stream as the next block reads it, and the block's own output."""
+        table, orders = context
         block = self.blocks[index]
-        update = run(block, stream, order)
+        update = run(block, stream, orders[index])
         if table is None or index == self.depth - 1:  # the final norm reads the stream unturned
             return block.add(stream, update), update
         if self.rope_residual:
             return _turn(block.add(stream, update), table), update
         return block.add(stream, _turn(update, table)), update
 
-    def _runner(self) -> Callable[..., Tensor]:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint
-        return lambda block, stream, order: block(stream, order)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to normed tokens (B, L, D), class tokens in their places."""
-        run = self._runner()
-        stream, _, table = self._stream(x)
-        orders = self.layer_shuffle(stream)
-        for index in range(len(self.blocks)):
-            stream, _ = self._advance(index, stream, table, orders[index], run)
-        return self._final_norm(stream)
-
-    def _final_norm(self, stream: Tensor) -> Tensor:
-        """Norm over the stream, in the dtype of the model's weights."""
-        return self.norm(stream.to(self.patch_embed.proj.weight.dtype))
-
     def pool(self, x: Tensor) -> Tensor:
         """Tokens (B, L, D) to one feature (B, D), or unchanged where the classifier runs on every token."""
-        if self.global_pool in ("", "max_logit"):
+        if self.global_pool == "max_logit":
             return x
-        if self.global_pool == "last":
-            return x[:, -1]
-        patches, class_tokens = self.split_tokens(x)
-        return (class_tokens if self.global_pool == "token" else patches).mean(dim=1)
+        return x[:, -1] if self.global_pool == "last" else super().pool(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, L, D) to logits (B, num_classes), or to the pooled feature with ``pre_logits``."""
-        x = self.head_drop(self.pool(x))
-        if not pre_logits:
-            x = self.head(x)
+        x = super().forward_head(x, pre_logits)
         return x.amax(dim=1) if self.global_pool == "max_logit" else x
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        source: FeatureSource = "stream",
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features after chosen blocks.
-
-        Args:
-            x: Image (B, C, H, W).
-            indices: Blocks to take: the last n if int, all if None, else their indices.
-            return_prefix_tokens: Whether each intermediate comes with its class tokens (B, T, D).
-            norm: Whether the final norm is applied to the intermediates.
-            stop_early: Whether blocks after the last chosen one are skipped.
-            output_fmt: ``"NCHW"`` for maps (B, D, grid H, grid W), ``"NLC"`` for patch tokens (B, N, D).
-            intermediates_only: Whether to return the intermediates without the final tokens.
-            source: ``"stream"`` for the residual stream as the next block reads it, ``"mixer"`` for what the block
-                alone computed, without the residual.
-
-        Returns:
-            Intermediates, or (final tokens as from ``forward_features``, intermediates).
-
-        Raises:
-            ValueError: If ``output_fmt`` or ``source`` is not one of the above.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is not known; use 'NCHW' or 'NLC'")
-        if source not in ("stream", "mixer"):
-            raise ValueError(f"source={source!r} is not known; use 'stream' or 'mixer'")
-        take_indices, last = feature_take_indices(len(self.blocks), indices)
-        run = self._runner()
-        stream, grid, table = self._stream(x)
-        orders = self.layer_shuffle(stream)
-        intermediates = []
-        for index in range(last + 1 if stop_early else len(self.blocks)):
-            stream, update = self._advance(index, stream, table, orders[index], run)
-            if index in take_indices:
-                feature = stream if source == "stream" else update
-                feature = self._final_norm(feature) if norm else feature.to(self.patch_embed.proj.weight.dtype)
-                patches, class_tokens = self.split_tokens(feature)
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, grid H, grid W)
-                intermediates.append((patches, class_tokens) if return_prefix_tokens else patches)
-        if intermediates_only:
-            return intermediates
-        return self._final_norm(stream), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes what the intermediates at ``indices`` do not need.
-
-        Args:
-            indices: As in :meth:`forward_intermediates`.
-            prune_norm: Whether the final norm goes too.
-            prune_head: Whether the classifier goes too.
-
-        Returns:
-            The indices of the chosen blocks.
-        """
-        take_indices, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        self._set_feature_info()
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionMamba) -> dict[str, Tensor]:
@@ -543,10 +301,7 @@ def rename_upstream(state_dict: Mapping[str, Any], paired: bool = False) -> dict
         state_dict: State dict, or a training checkpoint that holds one.
         paired: Whether the model's blocks are pairs.
     """
-    for envelope in ("model", "state_dict", "model_ema"):
-        if isinstance(state_dict.get(envelope), Mapping):
-            state_dict = state_dict[envelope]
-            break
+    state_dict = unwrap_checkpoint(state_dict)
     if not any(name.startswith("layers.") for name in state_dict):
         return dict(state_dict)
     renamed = {}
@@ -562,51 +317,6 @@ def rename_upstream(state_dict: Mapping[str, Any], paired: bool = False) -> dict
         ends = [renamed.pop("cls_token_head"), renamed.pop("cls_token_tail")]
         renamed["cls_token"] = torch.cat(ends, dim=1)
     return stack_mixer_parameters(renamed)
-
-
-def fit_checkpoint(
-    state_dict: dict[str, Tensor], model: VisionMamba, class_token: ClassToken | None
-) -> dict[str, Tensor]:
-    """Fits a checkpoint in our names to the model's image size, patch size, class token and missing parts.
-
-    Args:
-        state_dict: Weights by our names.
-        model: Model that the result is loaded into.
-        class_token: Place of the checkpoint's class row in its position embedding, should the model have none.
-
-    Raises:
-        ValueError: If the position embedding's grid cannot be told.
-    """
-    for part in ("norm", "head"):
-        if isinstance(getattr(model, part), nn.Identity):
-            state_dict = {name: t for name, t in state_dict.items() if not name.startswith(f"{part}.")}
-    if "pos_embed" in state_dict and model.pos_embed is not None:
-        place = class_token and (model.class_token or class_token)
-        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], place, model)
-    if model.cls_token is None:
-        state_dict.pop("cls_token", None)
-    kernel = model.patch_embed.proj.weight.shape[-2:]
-    if "patch_embed.proj.weight" in state_dict and state_dict["patch_embed.proj.weight"].shape[-2:] != kernel:
-        weight = resample_patch_embed(state_dict["patch_embed.proj.weight"], list(kernel))
-        state_dict["patch_embed.proj.weight"] = weight
-    return state_dict
-
-
-def _fit_pos_embed(pos_embed: Tensor, place: ClassToken | None, model: VisionMamba) -> Tensor:
-    """Resamples a position embedding to the model's grid, and drops class rows the model has no token for."""
-    grid = model.patch_embed.grid_size
-    if model.class_token is None:
-        pos_embed, place = split_class_tokens(pos_embed, place)[0], None
-    num_patches = pos_embed.shape[1] - num_class_tokens(place)
-    if num_patches == grid[0] * grid[1]:
-        return pos_embed
-    side = round(num_patches**0.5)
-    if side * side != num_patches:
-        raise ValueError(
-            f"pos_embed has {num_patches} patch rows, neither the model's {grid[0]}x{grid[1]} nor a square grid; "
-            "build the model with the checkpoint's img_size, load, then call set_input_size()"
-        )
-    return resample_pos_embed(pos_embed, (side, side), grid, place)
 
 
 def from_upstream(class_name: str, kwargs: Mapping[str, Any]) -> VisionMamba:

@@ -4,6 +4,7 @@ A scan reads tokens one after the other, so the place of the class token is part
 
 * ``"middle"``  after half of the patches, at index N // 2 for N patches;
 * ``"first"``   before the patches;
+* ``"last"``    after the patches;
 * ``"both"``    one before and one after the patches;
 * ``None``      no class token.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["ClassToken", "check_class_token", "insert_class_tokens", "num_class_tokens", "split_class_tokens"]
 
-ClassToken = Literal["middle", "first", "both"]
+ClassToken = Literal["middle", "first", "last", "both"]
 
 
 def check_class_token(place: ClassToken | None) -> None:
@@ -38,6 +39,8 @@ def insert_class_tokens(patches: Tensor, class_tokens: Tensor, place: ClassToken
         return patches.contiguous()
     if place == "both":
         return torch.cat([class_tokens[:, :1], patches, class_tokens[:, 1:]], dim=1)
+    if place == "last":
+        return torch.cat([patches, class_tokens], dim=1)
     index = patches.shape[1] // 2 if place == "middle" else 0
     return torch.cat([patches[:, :index], class_tokens, patches[:, index:]], dim=1)
 
@@ -50,6 +53,8 @@ def split_class_tokens(tokens: Tensor, place: ClassToken | None) -> tuple[Tensor
         return tokens, tokens[:, :0]
     if place == "both":
         return tokens[:, 1:-1], torch.cat([tokens[:, :1], tokens[:, -1:]], dim=1)
+    if place == "last":
+        return tokens[:, :-1], tokens[:, -1:]
     index = (tokens.shape[1] - 1) // 2 if place == "middle" else 0
     if index == 0:
         return tokens[:, 1:], tokens[:, :1]
