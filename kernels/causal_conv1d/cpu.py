@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.causal_conv1d.op import accumulate_dtype
+from zoo.kernels.registration import accumulate_dtype
 
 __all__ = ["backward", "forward"]
 

@@ -5,31 +5,13 @@ result (K, B, L, D). The public function in ``__init__.py`` adds the K dimension
 Only the inputs are kept for the backward; it computes the values before the SiLU again.
 """
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels._backend import backend
+from zoo.kernels.registration import FLOAT_DTYPES, implementation, show
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_WIDTH = 4  # the Triton kernels keep this many tokens in registers
-
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums and of the SiLU: float32, or float64 for float64 inputs."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _implementation(device: torch.device) -> ModuleType:
-    """The backend's module, which offers ``forward`` and ``backward`` on canonical shapes."""
-    return importlib.import_module(f"zoo.kernels.causal_conv1d.{backend(device).name}")
-
-
-def _show(shape: tuple) -> str:
-    return "(" + ", ".join(str(size) for size in shape) + ")"
 
 
 def check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: list[bool]) -> None:
@@ -37,7 +19,7 @@ def check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: list[b
     if x.dim() != 4:
         raise ValueError(f"causal_conv1d: x must have shape (B, L, D) or (B, K, L, D), got {x.dim() - 1} dimensions")
     if weight.dim() != 3:
-        raise ValueError(f"causal_conv1d: weight must have shape (D, W) or (K, D, W), got {_show(weight.shape)}")
+        raise ValueError(f"causal_conv1d: weight must have shape (D, W) or (K, D, W), got {show(weight.shape)}")
     batch, paths_x, L, D = x.shape
     K, channels, W = weight.shape
     if paths_x not in (1, K):
@@ -45,11 +27,11 @@ def check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: list[b
     if channels != D:
         raise ValueError(f"causal_conv1d: weight has {channels} channels, x has {D}")
     if 0 in (batch, L, D, K, W):
-        raise ValueError(f"causal_conv1d: x {_show(x.shape)} or weight {_show(weight.shape)} is empty")
+        raise ValueError(f"causal_conv1d: x {show(x.shape)} or weight {show(weight.shape)} is empty")
     if W > MAX_WIDTH:
         raise ValueError(f"causal_conv1d: weight has {W} taps; at most {MAX_WIDTH} are supported")
     if bias is not None and tuple(bias.shape) != (K, D):
-        raise ValueError(f"causal_conv1d: bias must have shape (K, D) = {_show((K, D))}, got {_show(bias.shape)}")
+        raise ValueError(f"causal_conv1d: bias must have shape (K, D) = {show((K, D))}, got {show(bias.shape)}")
     if len(reverse) != K:
         raise ValueError(f"causal_conv1d: reverse has {len(reverse)} flags for {K} paths")
     if x.dtype not in FLOAT_DTYPES:
@@ -68,7 +50,7 @@ def check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: list[b
 @torch.library.custom_op("zoo::causal_conv1d", mutates_args=())
 def causal_conv1d_op(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: list[bool]) -> Tensor:
     check_inputs(x, weight, bias, reverse)
-    return _implementation(x.device).forward(x, weight, bias, silu, reverse)
+    return implementation("causal_conv1d", x.device).forward(x, weight, bias, silu, reverse)
 
 
 @causal_conv1d_op.register_fake
@@ -83,7 +65,7 @@ def causal_conv1d_backward_op(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: list[bool]
 ) -> list[Tensor]:
     """Gradients of x, weight and, if it was given, bias."""
-    return _implementation(x.device).backward(grad_out, x, weight, bias, silu, reverse)
+    return implementation("causal_conv1d", x.device).backward(grad_out, x, weight, bias, silu, reverse)
 
 
 @causal_conv1d_backward_op.register_fake

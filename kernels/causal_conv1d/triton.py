@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._triton import contiguous_channels, device_guard
-from zoo.kernels.causal_conv1d.op import accumulate_dtype
+from zoo.kernels.registration import accumulate_dtype
 
 __all__ = ["backward", "forward"]
 

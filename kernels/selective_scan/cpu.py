@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.selective_scan.op import CHUNK, accumulate_dtype, num_chunks, path_length, without_autocast
+from zoo.kernels.registration import accumulate_dtype, path_length, without_autocast
+from zoo.kernels.selective_scan.op import CHUNK, num_chunks
 
 __all__ = ["backward", "forward"]
 

@@ -9,61 +9,26 @@ Besides output and last state the op returns the states at chunk boundaries, (B,
 backward needs to recompute the others. They are empty unless ``save_states`` is set.
 """
 
-import functools
-import importlib
-from collections.abc import Callable
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels._backend import backend
+from zoo.kernels.registration import (
+    accumulate_dtype,
+    check_dtypes_and_devices,
+    check_tokens,
+    expect_shape,
+    implementation,
+    path_length,
+    show,
+)
 
 CHUNK = 16  # steps between two saved states
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def accumulate_dtype(u: Tensor) -> torch.dtype:
-    """The dtype of states, exponentials and sums: float32, or float64 for float64 inputs."""
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
-
-
-def path_length(u: Tensor, paths: Tensor | None) -> int:
-    """Steps per path."""
-    return u.shape[2] if paths is None else paths.shape[1]
 
 
 def num_chunks(steps: int) -> int:
     """Chunks a path of that many steps is cut into; each starts from a saved state."""
     return (steps + CHUNK - 1) // CHUNK
-
-
-def without_autocast(function: Callable) -> Callable:
-    """Decorates a backend written in torch code: inside ``torch.autocast`` its sums would run in 16 bits."""
-
-    @functools.wraps(function)
-    def guarded(*args, **kwargs):
-        with torch.autocast(args[0].device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return guarded
-
-
-def _implementation(device: torch.device) -> ModuleType:
-    """The backend's module, which offers ``forward`` and ``backward`` on canonical shapes."""
-    return importlib.import_module(f"zoo.kernels.selective_scan.{backend(device).name}")
-
-
-def _expect(name: str, x: Tensor | None, letters: str, shape: tuple) -> None:
-    if x is not None and tuple(x.shape) != shape:
-        raise ValueError(
-            f"selective_scan: {name} must have shape ({letters}) = {_show(shape)}, got {_show(tuple(x.shape))}"
-        )
-
-
-def _show(shape: tuple) -> str:
-    return "(" + ", ".join(str(size) for size in shape) + ")"
 
 
 def check_inputs(
@@ -83,24 +48,24 @@ def check_inputs(
     """Raises ValueError, naming expected and given, unless the canonical inputs fit together."""
     for name, x, dims in (("u", u, 4), ("delta", delta, 4), ("A", A, 3), ("B", B, 5), ("C", C, 5)):
         if x.dim() != dims:
-            raise ValueError(f"selective_scan: {name} has {x.dim()} dimensions, expected {dims}: {_show(x.shape)}")
+            raise ValueError(f"selective_scan: {name} has {x.dim()} dimensions, expected {dims}: {show(x.shape)}")
     batch, paths_u, L, channels = u.shape
     K, _, N = A.shape
     groups = B.shape[3]
     if paths_u not in (1, K):
         raise ValueError(f"selective_scan: u has {paths_u} paths; A has {K}, so u needs 1 or {K}")
-    _expect("delta", delta, "B, K, L, D", (batch, K, L, channels))
-    _expect("A", A, "K, D, N", (K, channels, N))
-    _expect("B", B, "B, K, L, G, N", (batch, K, L, groups, N))
-    _expect("C", C, "B, K, L, G, N", (batch, K, L, groups, N))
-    _expect("D", D, "K, D", (K, channels))
-    _expect("z", z, "B, L, D", (batch, L, channels))
-    _expect("delta_bias", delta_bias, "K, D", (K, channels))
-    _expect("initial_state", initial_state, "B, K, D, N", (batch, K, channels, N))
+    expect_shape("selective_scan", "delta", delta, "B, K, L, D", (batch, K, L, channels))
+    expect_shape("selective_scan", "A", A, "K, D, N", (K, channels, N))
+    expect_shape("selective_scan", "B", B, "B, K, L, G, N", (batch, K, L, groups, N))
+    expect_shape("selective_scan", "C", C, "B, K, L, G, N", (batch, K, L, groups, N))
+    expect_shape("selective_scan", "D", D, "K, D", (K, channels))
+    expect_shape("selective_scan", "z", z, "B, L, D", (batch, L, channels))
+    expect_shape("selective_scan", "delta_bias", delta_bias, "K, D", (K, channels))
+    expect_shape("selective_scan", "initial_state", initial_state, "B, K, D, N", (batch, K, channels, N))
     if channels % groups:
         raise ValueError(f"selective_scan: {channels} channels do not divide into {groups} groups of B and C")
     if L == 0 or batch == 0:
-        raise ValueError(f"selective_scan: u of shape {_show(u.shape)} is empty")
+        raise ValueError(f"selective_scan: u of shape {show(u.shape)} is empty")
     if len(reverse) != K:
         raise ValueError(f"selective_scan: reverse has {len(reverse)} flags for {K} paths")
     if window < 1 or CHUNK % window:
@@ -110,29 +75,19 @@ def check_inputs(
     if paths is not None and (paths.dim() != 2 or K % max(1, paths.shape[0]) or paths.dtype not in integers):
         raise ValueError(
             f"selective_scan: paths must be an int32 or int64 table (U, P) whose rows divide the {K} paths, "
-            f"got {_show(paths.shape)} of {paths.dtype}"
+            f"got {show(paths.shape)} of {paths.dtype}"
         )
-    for name, x in dict(u=u, delta=delta, B=B, C=C, z=z).items():
-        if x is not None and x.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"selective_scan: {name} is {x.dtype}; use one of {', '.join(map(str, FLOAT_DTYPES))}")
-    for name, x in dict(A=A, D=D, delta_bias=delta_bias, initial_state=initial_state).items():
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"selective_scan: {name} is {x.dtype}; it must be a real floating-point tensor")
-    everything = dict(
-        delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, paths=paths
+    check_dtypes_and_devices(
+        "selective_scan",
+        dict(u=u, delta=delta, B=B, C=C, z=z),
+        dict(A=A, D=D, delta_bias=delta_bias, initial_state=initial_state),
+        paths,
     )
-    for name, x in everything.items():
-        if x is not None and x.device != u.device:
-            raise ValueError(f"selective_scan: {name} is on {x.device} but u is on {u.device}; move them together")
 
 
-def _check_tokens(paths: Tensor, L: int, complete: bool) -> None:
-    lowest, highest = int(paths.min()), int(paths.max())
-    if highest >= L or lowest < -2:
-        token = highest if highest >= L else lowest
-        raise ValueError(
-            f"selective_scan: paths names token {token}; tokens are 0 to {L - 1}, -1 for zero, -2 for none"
-        )
+def _check_table(paths: Tensor, L: int, complete: bool) -> None:
+    check_tokens("selective_scan", paths, L)
+    lowest = int(paths.min())
     if complete and (paths.shape[1] != L or lowest < 0):
         raise ValueError(
             f"selective_scan: complete=True promises rows of paths with all {L} tokens and nothing else; "
@@ -160,8 +115,8 @@ def selective_scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse, window)
     if paths is not None and not paths.is_cuda:  # reading a GPU's table would stall it
-        _check_tokens(paths, u.shape[2], complete)
-    return _implementation(u.device).forward(
+        _check_table(paths, u.shape[2], complete)
+    return implementation("selective_scan", u.device).forward(
         u,
         delta,
         A,
@@ -217,7 +172,7 @@ def selective_scan_backward_op(
     complete: bool,
 ) -> list[Tensor]:
     """Gradients of u, delta, A, B, C, then of D, z, delta_bias and initial_state as far as they were given."""
-    return _implementation(u.device).backward(
+    return implementation("selective_scan", u.device).backward(
         grad_out, grad_last_state, states,
         u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, complete,
     )  # fmt: skip

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._triton import contiguous_channels, device_guard, multiprocessors
-from zoo.kernels.selective_scan.op import CHUNK, accumulate_dtype, num_chunks, path_length
+from zoo.kernels.registration import accumulate_dtype, path_length
+from zoo.kernels.selective_scan.op import CHUNK, num_chunks
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     block_shape,

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._triton import multiprocessors
-from zoo.kernels.selective_scan.op import CHUNK, path_length
+from zoo.kernels.registration import path_length
+from zoo.kernels.selective_scan.op import CHUNK
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     block_shape,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.ssd.op import CHUNK, accumulate_dtype, without_autocast
+from zoo.kernels.registration import accumulate_dtype, without_autocast
+from zoo.kernels.ssd.op import CHUNK
 
 __all__ = ["backward", "forward"]
 

@@ -8,54 +8,20 @@ Only the inputs are kept for the backward, which computes the states between chu
 inputs and cheap.
 """
 
-import functools
-import importlib
-from collections.abc import Callable
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels._backend import backend
+from zoo.kernels.registration import (
+    accumulate_dtype,
+    check_dtypes_and_devices,
+    check_tokens,
+    expect_shape,
+    implementation,
+    show,
+)
 
 CHUNK = 64  # steps worked out together as one matrix product
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of states, decays and sums: float32, or float64 for float64 inputs."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def path_length(x: Tensor, paths: Tensor | None) -> int:
-    """Steps per path."""
-    return x.shape[2] if paths is None else paths.shape[1]
-
-
-def without_autocast(function: Callable) -> Callable:
-    """Decorates a backend written in torch code: inside ``torch.autocast`` its sums would run in 16 bits."""
-
-    @functools.wraps(function)
-    def guarded(*args, **kwargs):
-        with torch.autocast(args[0].device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return guarded
-
-
-def _implementation(device: torch.device) -> ModuleType:
-    """The backend's module, which offers ``forward`` and ``backward`` on canonical shapes."""
-    return importlib.import_module(f"zoo.kernels.ssd.{backend(device).name}")
-
-
-def _show(shape: tuple) -> str:
-    return "(" + ", ".join(str(size) for size in shape) + ")"
-
-
-def _expect(name: str, x: Tensor | None, letters: str, shape: tuple) -> None:
-    if x is not None and tuple(x.shape) != shape:
-        raise ValueError(f"ssd: {name} must have shape ({letters}) = {_show(shape)}, got {_show(tuple(x.shape))}")
 
 
 def check_inputs(
@@ -74,21 +40,21 @@ def check_inputs(
     """Raises ValueError, naming expected and given, unless the canonical inputs fit together."""
     for name, tensor, dims in (("x", x, 5), ("dt", dt, 4), ("B", B, 5), ("C", C, 5)):
         if tensor.dim() != dims:
-            raise ValueError(f"ssd: {name} has {tensor.dim()} dimensions, expected {dims}: {_show(tensor.shape)}")
+            raise ValueError(f"ssd: {name} has {tensor.dim()} dimensions, expected {dims}: {show(tensor.shape)}")
     batch, paths_x, L, heads, width = x.shape
     K = dt.shape[1]
     groups, N = B.shape[3:]
     if paths_x not in (1, K):
         raise ValueError(f"ssd: x has {paths_x} paths; dt has {K}, so x needs 1 or {K}")
-    _expect("dt", dt, "B, K, L, H", (batch, K, L, heads))
-    _expect("A", A, "K, H", (K, heads))
-    _expect("B", B, "B, K, L, G, N", (batch, K, L, groups, N))
-    _expect("C", C, "B, K, L, G, N", (batch, K, L, groups, N))
-    _expect("D", D, "K, H", (K, heads))
-    _expect("dt_bias", dt_bias, "K, H", (K, heads))
-    _expect("initial_state", initial_state, "B, K, H, P, N", (batch, K, heads, width, N))
+    expect_shape("ssd", "dt", dt, "B, K, L, H", (batch, K, L, heads))
+    expect_shape("ssd", "A", A, "K, H", (K, heads))
+    expect_shape("ssd", "B", B, "B, K, L, G, N", (batch, K, L, groups, N))
+    expect_shape("ssd", "C", C, "B, K, L, G, N", (batch, K, L, groups, N))
+    expect_shape("ssd", "D", D, "K, H", (K, heads))
+    expect_shape("ssd", "dt_bias", dt_bias, "K, H", (K, heads))
+    expect_shape("ssd", "initial_state", initial_state, "B, K, H, P, N", (batch, K, heads, width, N))
     if 0 in x.shape or 0 in B.shape:
-        raise ValueError(f"ssd: x of shape {_show(x.shape)} or B of shape {_show(B.shape)} is empty")
+        raise ValueError(f"ssd: x of shape {show(x.shape)} or B of shape {show(B.shape)} is empty")
     if heads % groups:
         raise ValueError(f"ssd: {heads} heads do not divide into {groups} groups of B and C")
     if A is None and (dt_bias is not None or dt_softplus):
@@ -97,25 +63,10 @@ def check_inputs(
         raise ValueError(f"ssd: reverse has {len(reverse)} flags for {K} paths")
     if paths is not None and (paths.dim() != 2 or len(paths) != K or paths.dtype not in (torch.int32, torch.int64)):
         raise ValueError(
-            f"ssd: paths must be an int32 or int64 table (K, S) with K={K}, got {_show(paths.shape)} of {paths.dtype}"
+            f"ssd: paths must be an int32 or int64 table (K, S) with K={K}, got {show(paths.shape)} of {paths.dtype}"
         )
-    for name, tensor in dict(x=x, dt=dt, B=B, C=C).items():
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"ssd: {name} is {tensor.dtype}; use one of {', '.join(map(str, FLOAT_DTYPES))}")
-    for name, tensor in dict(A=A, D=D, dt_bias=dt_bias, initial_state=initial_state).items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"ssd: {name} is {tensor.dtype}; it must be a real floating-point tensor")
-    everything = dict(dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, initial_state=initial_state, paths=paths)
-    for name, tensor in everything.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"ssd: {name} is on {tensor.device} but x is on {x.device}; move them together")
-
-
-def _check_tokens(paths: Tensor, L: int) -> None:
-    lowest, highest = int(paths.min()), int(paths.max())
-    if highest >= L or lowest < -2:
-        token = highest if highest >= L else lowest
-        raise ValueError(f"ssd: paths names token {token}; tokens are 0 to {L - 1}, -1 for zero, -2 for none")
+    others = dict(A=A, D=D, dt_bias=dt_bias, initial_state=initial_state)
+    check_dtypes_and_devices("ssd", dict(x=x, dt=dt, B=B, C=C), others, paths)
 
 
 @torch.library.custom_op("zoo::ssd", mutates_args=())
@@ -134,8 +85,8 @@ def ssd_op(
 ) -> tuple[Tensor, Tensor]:
     check_inputs(x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse)
     if paths is not None and not paths.is_cuda:  # reading a GPU's table would stall it
-        _check_tokens(paths, x.shape[2])
-    return _implementation(x.device).forward(
+        check_tokens("ssd", paths, x.shape[2])
+    return implementation("ssd", x.device).forward(
         x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse
     )  # fmt: skip
 
@@ -165,7 +116,7 @@ def ssd_backward_op(
     reverse: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, dt, B, C, and of A, D, dt_bias and initial_state if they were given, in argument order."""
-    return _implementation(x.device).backward(
+    return implementation("ssd", x.device).backward(
         grad_out, grad_last_state, x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse
     )
 

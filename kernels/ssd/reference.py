@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.ssd.op import accumulate_dtype, without_autocast
+from zoo.kernels.registration import accumulate_dtype, without_autocast
 
 __all__ = ["backward", "forward", "ssd_reference"]
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._triton import contiguous_channels
-from zoo.kernels.ssd.op import accumulate_dtype, path_length
+from zoo.kernels.registration import accumulate_dtype, path_length
 
 __all__ = [
     "PROGRAMS",
