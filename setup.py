@@ -27,10 +27,19 @@ EXTRAS = {
     "seg": ["albumentations>=2.0", "torchmetrics>=1.4"],
     "det": ["albumentations>=2.0", "pycocotools>=2.0.8"],
     "vlm": ["open-clip-torch>=2.30", "transformers>=4.57"],
+    "cpu": ["numba>=0.60"],  # compiled loops: scans on CPUs are several times faster
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
-EXTRAS["dev"] = [*EXTRAS["train"], "pre-commit>=3.7", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "setuptools>=77"]
+EXTRAS["dev"] = [
+    *EXTRAS["train"],
+    *EXTRAS["cpu"],
+    "pre-commit>=3.7",
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "setuptools>=77",
+]
 
 
 def find_packages() -> list[str]:

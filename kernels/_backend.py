@@ -3,7 +3,8 @@
 Three backends implement every op of this package:
 
 * ``triton``    fused Triton kernels, on GPUs (or anywhere under ``TRITON_INTERPRET=1``, for tests);
-* ``cpu``       vectorised torch code; the fast path on CPUs, and it runs on any device torch knows;
+* ``cpu``       the fast path on CPUs: vectorised torch code, which runs on any device torch knows, and where numba is
+  installed compiled loops for the selective scan;
 * ``reference`` the op's definition step by step in plain torch, slow and readable.
 
 ``ZOO_BACKEND=auto|triton|cpu|reference`` (default ``auto``) or :func:`use_backend` picks one. ``auto`` takes Triton
@@ -13,6 +14,7 @@ says why; with ``ZOO_BACKEND=triton`` it is an error instead.
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Backend", "backend", "use_backend"]
+__all__ = ["Backend", "backend", "use_backend", "why_no_compiled_loops"]
 
 NAMES = ("triton", "cpu", "reference")
 GPU_DEVICES = ("cuda", "xpu")
@@ -66,6 +68,18 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.lru_cache
+def why_no_compiled_loops() -> str | None:
+    """Reason why the selective scan has no compiled loops on CPUs, or None if it has."""
+    if importlib.util.find_spec("numba") is None:
+        return "the selective scan is several times faster with numba, which is not installed (pip install numba)"
+    try:
+        importlib.import_module("zoo.kernels.selective_scan.cpu_numba")
+    except Exception as error:  # whatever is wrong with that numba, torch code does the same
+        return f"the selective scan is slower than with numba, which cannot be used: {type(error).__name__}: {error}"
+    return None
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -108,6 +122,9 @@ def backend(device: torch.device | str | None = None) -> Backend:
         return Backend("triton", "requested")
     if _requested != "auto":
         return Backend(_requested, "requested")
+    if device_type == "cpu":
+        loops = why_no_compiled_loops() or "the selective scan runs in loops compiled by numba"
+        return Backend("cpu", f"vectorised torch code is the fast path for cpu tensors; {loops}")
     if device_type not in GPU_DEVICES:
         return Backend("cpu", f"vectorised torch code is the fast path for {device_type} tensors")
     if obstacle:

@@ -28,8 +28,9 @@ OPTIONAL = {
         "onnx",
     ),
     *("onnxruntime", "onnxscript", "open_clip", "pycocotools", "rich", "safetensors", "sklearn", "torchmetrics"),
-    *("tqdm", "transformers", "triton", "yaml", "huggingface_hub"),
+    *("tqdm", "transformers", "triton", "yaml", "huggingface_hub", "numba", "llvmlite"),
 }
+COMPILERS = {"triton", "numba", "llvmlite"}
 COMPARED = {"causal_conv1d", "fla", "mamba_ssm", "mambapy"}  # what benchmarks measure us against
 
 
@@ -46,12 +47,12 @@ class Layer:
 
 
 LAYERS = (  # the most specific folder first
-    Layer("kernels", frozenset({"torch", "triton"}), ()),
+    Layer("kernels", frozenset({"torch", "numpy", *COMPILERS}), ()),
     Layer("backbones/scans", frozenset({"torch"}), ("zoo.kernels",)),
     Layer("backbones", frozenset({"torch", "timm"}), ("zoo.kernels", "zoo.registry")),
     Layer("heads", frozenset(CORE | {"open_clip", "transformers", "mmseg", "mmengine"}), ("zoo.registry",)),
     Layer("configs", frozenset(), ()),
-    Layer("zoo", frozenset(CORE | OPTIONAL - {"triton"}), ("zoo.backbones", "zoo.heads", "zoo.kernels", "zoo.configs")),
+    Layer("zoo", frozenset(CORE | OPTIONAL - COMPILERS), ("zoo.backbones", "zoo.heads", "zoo.kernels", "zoo.configs")),
     Layer("tools", frozenset(CORE | OPTIONAL | COMPARED), ("zoo",)),
 )
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -160,9 +161,10 @@ def test_violations_are_found(source, text, problem):
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if source.startswith("kernels/")])
-def test_triton_is_imported_in_its_own_files_only(source):
-    uses_triton = any(within(i.module, "triton") for i in imports_of(ast.parse((ROOT / source).read_text())))
-    assert not uses_triton or Path(source).name.startswith("triton")
+def test_compilers_are_imported_in_their_own_files_only(source):
+    used = {i.module.split(".")[0] for i in imports_of(ast.parse((ROOT / source).read_text()))} & COMPILERS
+    assert used <= ({"triton"} if Path(source).name.startswith("triton") else COMPILERS - {"triton"})
+    assert not used or Path(source).name.startswith(("triton", "cpu_"))
 
 
 def test_no_tool_hides_another_module():

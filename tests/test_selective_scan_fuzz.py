@@ -1,5 +1,6 @@
 """The selective scan on random shapes and flags, against the definition in float64."""
 
+import importlib
 import random
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import use_backend
+from zoo.kernels._backend import why_no_compiled_loops
+from zoo.kernels.selective_scan import cpu
 from zoo.kernels.selective_scan.reference import selective_scan_reference
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -93,8 +96,14 @@ def check(seed: int, backend: str, device: str, dtype: torch.dtype, tolerance: f
         assert error <= tolerance * largest_entry + 1e-6, f"seed {seed}, {name}: {error:.2e} of {largest_entry:.2e}"
 
 
+@pytest.mark.parametrize("code", ["cpu_torch", "cpu_numba"])
 @pytest.mark.parametrize("seed", range(24))
-def test_cpu(seed):
+def test_cpu(seed, code, monkeypatch):
+    """Each of the two codes on every case, also on those that are usually left to the other."""
+    if code == "cpu_numba" and why_no_compiled_loops():
+        pytest.skip(why_no_compiled_loops())
+    module = importlib.import_module(f"zoo.kernels.selective_scan.{code}")
+    monkeypatch.setattr(cpu, "chosen", lambda u, B: module)
     check(seed, "cpu", "cpu", torch.float32, 1e-4, 60)
 
 
