@@ -1,0 +1,187 @@
+"""Time and memory of single calls.
+
+On a GPU a time is that of the device alone with a cold cache: the device is kept busy until the host has queued the
+calls, each is timed by events, and the second-level cache is overwritten before it. What the host needs to issue a
+call is measured by itself (:func:`host_milliseconds`). On a CPU a time is that of a warm call.
+"""
+
+import gc
+import importlib
+import importlib.util
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+__all__ = [
+    "Machine",
+    "copy_bandwidth",
+    "exponentials_ms",
+    "host_milliseconds",
+    "measure",
+    "milliseconds",
+    "peak_mib",
+    "peer",
+    "plan_calls",
+]
+
+PAUSE_CYCLES = 150_000_000  # some 80 ms of a busy device, in which the host queues calls
+QUEUE = 900  # launches; a host that is 1024 launches ahead has to wait for the device
+LAUNCH_SECONDS = 3e-6  # no launch takes the host less, so that issuing a call bounds how many launches it has
+FEWEST_CALLS, MOST_CALLS = 5, 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how long is measured.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: Dtype of the activations; parameters are float32.
+        seconds: Work in one measurement, beyond warm-up.
+    """
+
+    device: str
+    dtype: torch.dtype
+    seconds: float
+
+
+def measure(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], machine: Machine, backward_alone: bool
+) -> dict[str, float]:
+    """Times and memory of a function of tensors.
+
+    Args:
+        function: Called with the inputs by name; returns one tensor.
+        inputs: Its arguments; gradients are computed of all that are floating-point.
+        machine: Where to measure.
+        backward_alone: Whether ``backward_ms`` is the backward by itself or a forward and a backward.
+
+    Returns:
+        ``forward_ms`` (without gradients), ``backward_ms`` and, on a GPU, ``peak_mib``.
+    """
+    with torch.no_grad():
+        forward = milliseconds(lambda: function(**inputs), machine)
+    leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    targets = [x for x in leaves.values() if x.requires_grad]
+    cotangent = torch.randn_like(function(**leaves))
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        out = function(**leaves)
+        return out, *torch.autograd.grad(out, targets, cotangent)
+
+    if backward_alone:
+        backward = _backward_milliseconds(function(**leaves), targets, cotangent, machine)
+    else:
+        backward = milliseconds(forward_backward, machine)
+    numbers = dict(forward_ms=forward, backward_ms=backward)
+    if machine.device == "cuda":
+        numbers["peak_mib"] = peak_mib(forward_backward)
+    return numbers
+
+
+def _backward_milliseconds(out: Tensor, targets: list[Tensor], cotangent: Tensor, machine: Machine) -> float:
+    return milliseconds(lambda: torch.autograd.grad(out, targets, cotangent, retain_graph=True), machine)
+
+
+def milliseconds(function: Callable[[], object], machine: Machine) -> float:
+    """Median time of one call after a warm-up."""
+    if machine.device == "cuda":
+        return _device_milliseconds(function, machine.seconds)
+    function()
+    timer = Timer("function()", globals=dict(function=function), num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=machine.seconds).median * 1e3
+
+
+def _device_milliseconds(function: Callable[[], object], seconds: float) -> float:
+    for _ in range(3):  # compiles, tunes, and fills the allocator's cache
+        function()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    issued = time.perf_counter()
+    torch.cuda.synchronize()
+    calls, at_once = plan_calls(time.perf_counter() - started, issued - started, seconds)
+
+    overwrite = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    times: list[float] = []
+    while len(times) < calls:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(at_once)]
+        torch.cuda._sleep(PAUSE_CYCLES)
+        for start, end in events:
+            overwrite.zero_()
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize()
+        times += [start.elapsed_time(end) for start, end in events]
+    return statistics.median(times)
+
+
+def plan_calls(call: float, issue: float, seconds: float) -> tuple[int, int]:
+    """How many calls are measured, and how many of them are queued at once.
+
+    Args:
+        call: Seconds of one call from its issue to its end on the device.
+        issue: Seconds of the host in it.
+        seconds: Work to do in all.
+    """
+    calls = min(max(round(seconds / call), FEWEST_CALLS), MOST_CALLS)
+    launches = issue / LAUNCH_SECONDS + 3  # and what overwrites the cache, and two events
+    return calls, max(1, min(calls, int(QUEUE / launches)))
+
+
+def host_milliseconds(function: Callable[[], object], machine: Machine) -> float:
+    """Median wall-clock time in which the host issues a call; on a CPU that is the call itself."""
+    times = []
+    for _ in range(MOST_CALLS):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+        if machine.device == "cuda":
+            torch.cuda.synchronize()  # outside the time: no call finds a full queue
+    return statistics.median(times) * 1e3
+
+
+def peak_mib(function: Callable[[], object]) -> float:
+    """Most GPU memory allocated during a call beyond what was before, in MiB; what the call returns counts."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak / 2**20
+
+
+def copy_bandwidth(machine: Machine) -> float:
+    """Bytes per second of a large copy, counting reads and writes."""
+    source = torch.zeros(1 << (28 if machine.device == "cuda" else 25), device=machine.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), machine) * 1e-3)
+
+
+def exponentials_ms(count: int) -> float:
+    """Milliseconds of the GPU's special-function units for that many exponentials or logarithms: 16 a clock each."""
+    properties = torch.cuda.get_device_properties(0)
+    return count / (properties.multi_processor_count * 16 * properties.clock_rate)
+
+
+def peer(module: str, name: str) -> Any | None:
+    """A function of another package, or None if the package is not installed or does not load (with a warning)."""
+    package = module.split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"{package} is installed but has no working {module}.{name}: {error}", stacklevel=2)
+        return None
