@@ -164,6 +164,31 @@ def test_equals_definition_in_float64(backend_name, device, case_name):
     assert_close(run_op(case, inputs, cotangents, backend_name), run_reference(case, inputs, cotangents), 1e-9)
 
 
+@pytest.mark.parametrize("case_name", ["chunks", "bidirectional_shared", "table", "log_decay"])
+@pytest.mark.parametrize("cached", [1, 1 << 13])
+def test_tensor_code_takes_samples_and_chunks_in_pieces(case_name, cached, monkeypatch):
+    """One or few at a time; all of the other tests' inputs fit the cache at once."""
+    from zoo.kernels.ssd import cpu
+
+    monkeypatch.setattr(cpu, "CACHED", cached)
+    monkeypatch.setattr(cpu, "CACHED_STATES", cached)
+    case = CASES[case_name]
+    inputs, cotangents = case.inputs(torch.float64, "cpu"), cotangents_for(case, "cpu")
+    assert_close(run_op(case, inputs, cotangents, "cpu"), run_reference(case, inputs, cotangents), 1e-9)
+
+
+def test_tensor_code_leaves_the_initial_state_alone():
+    """Whatever its strides are: the walk works on a copy in place."""
+    case = CASES["bidirectional"]
+    inputs = {n: None if t is None else t.detach() for n, t in case.inputs(torch.float64, "cpu").items()}
+    expected = ssd_reference(*arguments(case, inputs))
+    kept = inputs["initial_state"].clone()
+    for state in (inputs["initial_state"], kept.transpose(3, 4).contiguous().transpose(3, 4)):
+        got = torch.ops.zoo.ssd(*arguments(case, {**inputs, "initial_state": state}))
+        torch.testing.assert_close(got, expected)
+        assert torch.equal(state, kept)
+
+
 @pytest.mark.interpreted
 def test_triton_walks_whole_paths_or_regions(monkeypatch):
     """Where heads and batch fill a GPU a path is one region; the other tests have so few that each chunk is one."""
