@@ -11,9 +11,12 @@ Differences from the original:
    flips both streams after every layer, so that an odd number of layers leaves them reversed.
 3. 16-bit floats work; the original trains in float32 only.
 4. Images that whole patches do not cover are padded; the original fails on them.
-5. Dense features come from ``forward_intermediates``, in raster order, for any grid.
+5. Dense features come from ``forward_intermediates``, in raster order, for any grid. ``feature_norms``, ``feature_dim``
+   and ``feature_source`` make them those of the authors' segmentation backbone.
 """
 
+import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +27,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from zoo.backbones.layers.class_token import ClassToken
-from zoo.backbones.layers.columnar import fit_checkpoint
+from zoo.backbones.layers.columnar import FeatureSource, fit_checkpoint
 from zoo.backbones.vim import VisionMamba, rename_upstream
 
 __all__ = ["LBVim"]
@@ -66,6 +69,12 @@ class LBVim(VisionMamba):
         drop_rate: Dropout before the classifier.
         pos_drop_rate: Dropout after the position embedding.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
+        feature_norms: Blocks whose intermediate features get a layer norm of their own, as in the authors' dense
+            models (5, 11, 17 and 23); default none.
+        feature_dim: Channels that a linear layer brings these features to before their norm; None leaves them
+            ``embed_dim`` wide, without such a layer. The authors take 192 for a width of 300, 384 for 528.
+        feature_source: What features are, ``"stream"`` or ``"mixer"`` (see :meth:`forward_intermediates`), where
+            ``forward_intermediates`` is not told; the authors' dense models use ``"mixer"``.
 
     Raises:
         ValueError: If an argument is not one of its choices or does not fit another.
@@ -101,6 +110,9 @@ class LBVim(VisionMamba):
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        feature_norms: Sequence[int] = (),
+        feature_dim: int | None = None,
+        feature_source: FeatureSource = "stream",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -136,6 +148,14 @@ class LBVim(VisionMamba):
         )
         if embed_dim % pool_heads and global_pool == "attn":
             raise ValueError(f"pool_heads={pool_heads} does not divide embed_dim={embed_dim}")
+        if any(not 0 <= index < depth for index in feature_norms):
+            raise ValueError(f"feature_norms={tuple(feature_norms)} names a block that is not among the {depth}")
+        if feature_source not in self.feature_sources:
+            raise ValueError(f"feature_source={feature_source!r} is not known; use 'stream' or 'mixer'")
+        self.feature_source = feature_source
+        for index in sorted(set(feature_norms)):
+            self.feature_norms[str(index)] = _feature_norm(embed_dim, feature_dim, device, dtype)
+            self.feature_info[index]["num_chs"] = feature_dim or embed_dim
         self.pool_heads = pool_heads
         self._make_pool(device, dtype)
 
@@ -172,12 +192,48 @@ class LBVim(VisionMamba):
         if global_pool is not None and (global_pool == "attn") != (self.attn_pool is not None):
             self._make_pool(**get_device_dtype(self))
 
+    def _set_feature_info(self) -> None:
+        widths = [info["num_chs"] for info in getattr(self, "feature_info", [])]
+        super()._set_feature_info()
+        for info, width in zip(self.feature_info, widths, strict=False):  # blocks may have been removed
+            info["num_chs"] = width
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        source: FeatureSource | None = None,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features after chosen blocks, as :meth:`VisionMamba.forward_intermediates`.
+
+        Features of blocks in ``feature_norms`` have ``feature_dim`` channels. ``source`` defaults to the model's
+        ``feature_source``.
+        """
+        source = source or self.feature_source
+        return super().forward_intermediates(
+            x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, source
+        )
+
     def pool(self, x: Tensor) -> Tensor:
         """Tokens (B, L, D) to one feature (B, D), or unchanged where the classifier runs on every token."""
         if self.global_pool != "attn":
             return super().pool(x)
         patches, _ = self.split_tokens(x)
         return self.pool_norm(self.attn_pool(patches))
+
+
+def _feature_norm(
+    width: int, feature_dim: int | None, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Sequential:
+    """Layer norm of a block's features, after a linear layer if they are to have another width."""
+    dd = {"device": device, "dtype": dtype}
+    linear = [] if feature_dim is None else [("map", nn.Linear(width, feature_dim, **dd))]
+    return nn.Sequential(OrderedDict([*linear, ("norm", nn.LayerNorm(feature_dim or width, **dd))]))
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LBVim) -> dict[str, Tensor]:
@@ -197,6 +253,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LBVim) -> dict[st
     for name, tensor in rename_upstream(state_dict).items():
         prefix = next((theirs for theirs in HEAD_NAMES if name.startswith(theirs)), None)
         name = name if prefix is None else HEAD_NAMES[prefix] + name.removeprefix(prefix)
+        name = re.sub(r"^out_map_(\d+)\.", r"feature_norms.\1.map.", name)
+        name = re.sub(r"^outnorm_(\d+)\.", r"feature_norms.\1.norm.", name)
         if model.attn_pool is not None or not name.startswith(("attn_pool.", "pool_norm.")):
             converted[name] = tensor
     return fit_checkpoint(converted, model, "middle" if "cls_token" in converted else None)
@@ -205,6 +263,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LBVim) -> dict[st
 def from_upstream(kwargs: Mapping[str, Any]) -> LBVim:
     """Builds the model that the authors' ``BiVisionMamba`` builds from the same arguments.
 
+    With ``out_indices`` it is their segmentation backbone: no classifier and no final norm, and features of these
+    blocks with norms, and linear layers to ``out_dim``, of their own.
+
     Args:
         kwargs: The authors' constructor arguments. Those about training or fused kernels change nothing here.
 
@@ -212,26 +273,40 @@ def from_upstream(kwargs: Mapping[str, Any]) -> LBVim:
         ValueError: If an argument is not known, or asks for what the published models do not have.
     """
     args = dict(kwargs)
-    if args.pop("if_cls_token", False) or args.pop("bimamba_type", "none") != "none":
-        raise ValueError("class tokens and two-way scans of BiVisionMamba are not published models; use VisionMamba")
+    if args.pop("if_cls_token", False):
+        raise ValueError(
+            "if_cls_token=True: BiVisionMamba's class tokens are in no published model (lbvim_tiny, lbvim_300, "
+            "lbvim_small and lbvim_528_atthead have none); for Vim's use zoo.backbones.vim.VisionMamba"
+        )
+    scan = args.pop("bimamba_type", "none")
+    if scan != "none":
+        raise ValueError(
+            f"bimamba_type={scan!r}: two-way scans of BiVisionMamba are in no published model, and the authors scan "
+            "only the forward direction in windows, which is no option of this mixer; for plain two-way scans use "
+            "zoo.backbones.vim.VisionMamba"
+        )
+    if args.pop("last_n_layer_vim", 0):
+        raise ValueError("last_n_layer_vim: blocks with Vim's two-way scans are in no published BiVisionMamba")
     if not args.pop("if_abs_pos_embed", False):
         raise ValueError("BiVisionMamba without position embedding is no published model; use VisionMamba")
-    if args.pop("final_pool_type", "none") != "mean":
+    dense = "out_indices" in args
+    if args.pop("final_pool_type", "none") != "mean" and not dense:
         raise ValueError("of BiVisionMamba's poolings only 'mean' is published")
     head_type = args.pop("head_type", None)
     if head_type not in (None, "linear", "att_qkv_onlyatt_pnorm_nomapq"):
         raise ValueError(f"head_type={head_type!r} of BiVisionMamba is no published head")
     heads = args.pop("head_n_heads", 6)
+    embed_dim, out_dim = args.pop("embed_dim", 192), args.pop("out_dim", None)
     model_args = dict(
         img_size=args.pop("img_size", 224),
         patch_size=args.pop("patch_size", 16),
         stride=args.pop("stride", None),
         pad_input=False,
         in_chans=args.pop("channels", args.pop("in_chans", 3)),
-        num_classes=args.pop("num_classes", 1000),
+        num_classes=0 if dense else args.pop("num_classes", 1000),
         global_pool="attn" if head_type == "att_qkv_onlyatt_pnorm_nomapq" else "avg",
         pool_heads=heads,
-        embed_dim=args.pop("embed_dim", 192),
+        embed_dim=embed_dim,
         depth=args.pop("depth", 24),
         d_state=args.pop("d_state", 16),
         window=None if args.pop("lbm", False) else 1,
@@ -241,11 +316,18 @@ def from_upstream(kwargs: Mapping[str, Any]) -> LBVim:
         residual_in_fp32=args.pop("residual_in_fp32", False),
         pos_drop_rate=args.pop("drop_rate", 0.0),
         drop_path_rate=args.pop("drop_path_rate", 0.1),
+        feature_norms=args.pop("out_indices", ()),
+        feature_dim=None if out_dim == embed_dim else out_dim,
+        feature_source="mixer" if dense else "stream",
     )
-    unknown = sorted(set(args) - {"if_divide_out", "use_middle_cls_token", "fused_add_norm", "out_indices", "out_dim"})
+    inert = {"if_divide_out", "use_middle_cls_token", "fused_add_norm", "num_classes"}
+    unknown = sorted(set(args) - inert)
     if unknown:
         raise ValueError(f"BiVisionMamba arguments {', '.join(unknown)} are not known")
-    return LBVim(**model_args)
+    model = LBVim(**model_args)
+    if dense:
+        model.prune_intermediate_layers(None, prune_norm=True)
+    return model
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

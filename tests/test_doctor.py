@@ -22,9 +22,9 @@ def test_reports_versions_backends_and_checks(monkeypatch, capsys):
     lines = [line.split() for line in out.splitlines()]
     assert ["torch", doctor.installed_version("torch")] in lines
     assert ["ZOO_CACHE", "/some/where"] in lines
-    assert "cpu              cpu (vectorised torch code is the fast path for cpu tensors)" in out
+    assert "cpu              cpu (vectorised torch code is the fast path for cpu tensors" in out
     assert "FAIL" not in out
-    for op in ("selective_scan", "causal_conv1d"):
+    for op in ("selective_scan", "ssd", "causal_conv1d"):
         assert f"PASS {op} on cpu: largest error" in out
 
 
@@ -71,5 +71,5 @@ def test_a_wrong_kernel_is_noticed(op, detail, monkeypatch, capsys):
     monkeypatch.setitem(doctor.CHECKS, "causal_conv1d", (op, doctor.convolution_inputs))
     assert doctor.main() == 1
     out = capsys.readouterr().out
-    assert "PASS selective_scan on cpu" in out
+    assert "PASS selective_scan on cpu" in out and "PASS ssd on cpu" in out
     assert "FAIL causal_conv1d on cpu" in out and detail in out

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ OPTIONS = {
     "tokenwise": dict(global_pool=""),
     "shuffled": dict(layer_shuffle=1.0),
 }
+DENSE = dict(feature_norms=(0, 2), feature_dim=12, feature_source="mixer")
 
 
 def make(**options) -> LBVim:
@@ -147,6 +149,48 @@ def test_features_only_through_timm():
     assert not [name for name in model.state_dict() if "pool" in name or "head" in name]
 
 
+def test_features_of_the_dense_model_are_mapped_and_normed_updates():
+    model = make(**DENSE).eval()
+    images = torch.randn(2, 3, 40, 32)
+    with torch.no_grad():
+        features = model.forward_intermediates(images, intermediates_only=True)
+        _, updates = make().eval().forward_intermediates(images, source="mixer")
+        for index, (feature, update) in enumerate(zip(features, updates, strict=True)):
+            if index in DENSE["feature_norms"]:
+                parts = model.feature_norms[str(index)]
+                update = parts.norm(parts.map(update.movedim(1, -1))).movedim(-1, 1)
+            torch.testing.assert_close(feature, update)
+        streams = model.forward_intermediates(images, source="stream", intermediates_only=True)
+        _, expected = make().eval().forward_intermediates(images)
+    assert [f.shape[1] for f in features] == [info["num_chs"] for info in model.feature_info] == [12, 32, 12]
+    torch.testing.assert_close(streams[1], expected[1])
+
+
+def test_dense_features_through_timm():
+    options = dict(depth=4, embed_dim=32, out_indices=(1, 2), feature_norms=(1, 2, 3), feature_source="mixer")
+    model = timm.create_model("lbvim_nano", features_only=True, feature_dim=24, **options)
+    features = model(torch.randn(1, 3, 20, 28))
+    assert [f.shape for f in features] == [(1, 24, 10, 14)] * 2
+    assert model.feature_info.channels() == [24, 24]
+    assert all(torch.isfinite(f).all() and abs(f.mean()) < 1e-5 for f in features)
+    norms = [name.split(".")[2] for name in model.state_dict() if "feature_norms" in name]
+    assert set(norms) == {"1", "2"}
+
+
+def test_authors_dense_checkpoint_loads():
+    published = dict(if_abs_pos_embed=True, final_pool_type="mean", depth=2, embed_dim=16, img_size=32, patch_size=8)
+    model = from_upstream({**published, "out_indices": [0, 1], "out_dim": 8})
+    state = {n: torch.randn_like(t) for n, t in model.state_dict().items()}
+    theirs = {re.sub(r"^feature_norms\.(\d)\.map\.", r"out_map_\1.", n): t for n, t in state.items()}
+    theirs = {re.sub(r"^feature_norms\.(\d)\.norm\.", r"outnorm_\1.", n): t for n, t in theirs.items()}
+    assert {"out_map_0.bias", "outnorm_1.weight"} <= set(theirs)
+    zoo.load_into(model, theirs)
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert not [n for n in state if n.startswith(("head", "norm"))]
+    same_width = from_upstream({**published, "out_indices": [1], "out_dim": 16})
+    assert [n for n in same_width.state_dict() if "map" in n] == []
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_meta_model_is_initialised_after_to_empty(options):
     with torch.device("meta"):
@@ -231,6 +275,8 @@ def test_nano_is_small():
         (dict(global_pool="attention"), "'attn'"),
         (dict(global_pool="attn", pool_heads=5), "pool_heads=5 does not divide embed_dim=32"),
         (dict(global_pool="token"), "needs a class token"),
+        (dict(feature_norms=(1, 3)), r"feature_norms=\(1, 3\) names a block that is not among the 3"),
+        (dict(feature_source="residual"), "feature_source='residual'"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -242,7 +288,8 @@ def test_bad_arguments_are_named(options, message):
     ("kwargs", "message"),
     [
         (dict(if_new_trick=True), "if_new_trick"),
-        (dict(bimamba_type="v2"), "two-way"),
+        (dict(bimamba_type="v2", lbm=True), "bimamba_type='v2': two-way scans"),
+        (dict(last_n_layer_vim=2), "last_n_layer_vim"),
         (dict(if_cls_token=True), "class tokens"),
         (dict(if_abs_pos_embed=False), "position embedding"),
         (dict(final_pool_type="max"), "'mean'"),

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from zoo import __version__, backend, use_backend
-from zoo.kernels import causal_conv1d, selective_scan
+from zoo.kernels import causal_conv1d, selective_scan, ssd
 
 DISTRIBUTION = "vision-ssm-zoo"
-PACKAGES = ("torch", "torchvision", "timm", "triton")
+PACKAGES = ("torch", "torchvision", "timm", "triton", "numba")
 TOLERANCE = 1e-4  # float32 against float64, relative to the largest entry
 NOT_INSTALLED = "not installed"
 
@@ -97,6 +97,29 @@ def run_scan(**inputs: Tensor) -> Tensor:
     return selective_scan(**inputs, delta_softplus=True, reverse=[False, True])
 
 
+def ssd_inputs() -> dict[str, Tensor]:
+    """Two paths over 100 tokens that read the same input: more than one chunk; heads and states that fill no block."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return dict(
+        x=normal(2, 100, 4, 24),
+        dt=normal(2, 2, 100, 4),
+        A=-normal(2, 4).abs(),
+        B=normal(2, 2, 100, 2, 20),
+        C=normal(2, 2, 100, 2, 20),
+        D=normal(2, 4),
+        dt_bias=normal(2, 4),
+        initial_state=normal(2, 2, 4, 24, 20),
+    )
+
+
+def run_ssd(**inputs: Tensor) -> Tensor:
+    return ssd(**inputs, dt_softplus=True, reverse=[False, True])
+
+
 def convolution_inputs() -> dict[str, Tensor]:
     """Two paths over 100 tokens that both read the same input."""
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +131,11 @@ def run_convolution(**inputs: Tensor) -> Tensor:
     return causal_conv1d(**inputs, activation="silu", reverse=[False, True])
 
 
-CHECKS = {"selective_scan": (run_scan, scan_inputs), "causal_conv1d": (run_convolution, convolution_inputs)}
+CHECKS = {
+    "selective_scan": (run_scan, scan_inputs),
+    "ssd": (run_ssd, ssd_inputs),
+    "causal_conv1d": (run_convolution, convolution_inputs),
+}
 
 
 def outputs_and_gradients(op: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:

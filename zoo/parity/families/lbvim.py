@@ -1,7 +1,6 @@
 """LBVim: its scan, the classifier, and the segmentation backbone."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.backbones.lbvim import LBVim, from_upstream
@@ -63,16 +62,10 @@ def _classifier(case: Case) -> dict[str, Tensor]:
 
 
 def _dense(case: Case) -> dict[str, Tensor]:
-    """Mixer outputs as the authors' neck returns them, and the gradient of their sum weighted from -1 to 1."""
-    state = case.group("state")
-    neck = {name: state.pop(name).to(case.device, case.dtype) for name in list(state) if name.startswith("out")}
-    model = from_upstream({**case.kwargs, "num_classes": 0, "final_pool_type": "mean"})
-    model.prune_intermediate_layers(None, prune_norm=True)
-    model = case.load(model, state)
+    """Mixer outputs as the authors' backbone for segmentation returns them, and the gradient of a weighted sum."""
+    model = case.load(from_upstream(case.kwargs))
     image = case.inputs()["image"]
-    indices = case.kwargs["out_indices"]
-    features = model.forward_intermediates(image, indices, intermediates_only=True, source="mixer")
-    features = [_neck(feature, neck, index) for feature, index in zip(features, indices, strict=True)]
+    features = model.forward_intermediates(image, case.kwargs["out_indices"], intermediates_only=True)
     loss = 0
     for feature in features:
         weights = torch.linspace(-1, 1, feature.numel(), device=case.device, dtype=torch.float32)
@@ -80,12 +73,3 @@ def _dense(case: Case) -> dict[str, Tensor]:
     loss.backward()
     outputs = {f"output.features{i}": feature for i, feature in enumerate(features)}
     return {**outputs, "grad.input": image.grad}
-
-
-def _neck(feature: Tensor, neck: dict[str, Tensor], index: int) -> Tensor:
-    """Map (B, D, H, W) to (B, out_dim, H, W): the level's linear layer, if it has one, and its LayerNorm."""
-    x = feature.movedim(1, -1)
-    if f"out_map_{index}.weight" in neck:
-        x = F.linear(x, neck[f"out_map_{index}.weight"], neck[f"out_map_{index}.bias"])
-    x = F.layer_norm(x, x.shape[-1:], neck[f"outnorm_{index}.weight"], neck[f"outnorm_{index}.bias"])
-    return x.movedim(-1, 1)
