@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
+import os
 
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous_channels", "device_guard", "multiprocessors"]
+__all__ = ["contiguous_channels", "device_guard", "multiprocessors", "runs_ptx"]
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
@@ -27,3 +28,8 @@ def multiprocessors(device: torch.device) -> int:
         if device.type == "cpu"
         else torch.get_device_module(device).get_device_properties(device).multi_processor_count
     )
+
+
+def runs_ptx(device: torch.device) -> bool:
+    """Whether kernels may contain NVIDIA's assembly: not on other GPUs, and not in Triton's interpreter."""
+    return device.type == "cuda" and torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"

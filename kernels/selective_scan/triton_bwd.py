@@ -2,9 +2,10 @@
 
 As in the forward, one program owns a block of channels of one batch element and walks its paths, or with regions a
 region of them. It goes through the chunks from the last to the first. From the saved state at the beginning of a chunk
-it first recomputes the states and parks one every ``SEGMENT`` steps in a scratch buffer of its own; then it takes these
+it first recomputes the states and parks one every ``SEGMENT`` steps (``triton_parking.py``); then it takes these
 segments in reverse, recomputes the states inside one in registers, and carries the gradient of the state backwards
-through it. There are only as many programs as run at once, so the parked states stay in the cache.
+through it. With few states a segment is a whole chunk, and nothing is parked. There are only as many programs as run
+at once, so that states parked in memory stay in the cache.
 
 Sums over channels (dB, dC) and over the batch (dA, dD, ddelta_bias) leave the program as partial sums and are added
 afterwards: no atomics, so two runs give the same bits.
@@ -15,55 +16,74 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import contiguous_channels, device_guard, multiprocessors
+from zoo.kernels._triton import contiguous_channels, device_guard, multiprocessors, runs_ptx
 from zoo.kernels.registration import accumulate_dtype, path_length
 from zoo.kernels.selective_scan.op import CHUNK, num_chunks
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     block_shape,
-    of_token,
     offset_type,
     pack_projections,
-    packed_row,
     path_lengths,
     readable,
     region_of,
-    rows_at,
+    row_of,
+    rows_of,
     sigmoid,
     split_projections,
     state_cells,
     states_first,
     step_size,
+    tile_at,
+    tile_of,
+    token_at,
     tokens_at,
+    visited,
 )
-from zoo.kernels.selective_scan.triton_regions import carry_kernel, plan_launches, region_gradient_kernel
-from zoo.kernels.selective_scan.triton_sums import add_partials_kernel, channel_sums
+from zoo.kernels.selective_scan.triton_parking import fetch_ahead, lot_of, park, shared_lot, unpark
+from zoo.kernels.selective_scan.triton_regions import (
+    carry_kernel,
+    even_regions,
+    plan_launches,
+    region_gradient_kernel,
+    side_by_side,
+)
+from zoo.kernels.selective_scan.triton_sums import add_partials_kernel, add_paths, channel_sums, pair_selector
 from zoo.kernels.selective_scan.triton_window import window_gradients
 
 __all__ = ["backward"]
 
-SEGMENT = 2  # steps whose states are in registers together
 RESIDENT_WARPS = 8  # of a multiprocessor: what the main kernel's registers leave room for
+
+
+@triton.jit
+def add_to_slot(slot, x, mask, ADDS: tl.constexpr):
+    """Stores a partial sum, or with ADDS adds it to what is there."""
+    if ADDS:
+        x += tl.load(slot, mask=mask, other=0.0)
+    tl.store(slot, x, mask=mask)
 
 
 # Hiding the alignment of `scratch` keeps one channel to a lane, like `stride_N` does, with offsets known beforehand.
 @triton.jit(do_not_specialize=["stride_N"], do_not_specialize_on_alignment=["scratch"])
 def scan_gradient_kernel(
     u, delta, A, packed, D, z, bias, table, lengths, states, dout, entering,
-    du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch, window_states, window_sums,
+    du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch, window_sums,
     L, P, K, orders, first, stride, count, channels, stride_N, group_channels, reverse_mask, chunks, region, splits,
     batch, items, u_b, u_k, u_l, delta_b, delta_k, delta_l, z_b, z_l, dout_b, dout_l,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LANE: tl.constexpr, CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr, SEGMENT: tl.constexpr, WINDOW: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ENTERING: tl.constexpr, HAS_DINITIAL: tl.constexpr,
-    HAS_TABLE: tl.constexpr, HOLES: tl.constexpr, SPLIT: tl.constexpr, MIRRORED: tl.constexpr, SUM_U: tl.constexpr,
-    SUM_Y: tl.constexpr, COMPLETE: tl.constexpr, MATRIX: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
-    OFFSET: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr, SEGMENT: tl.constexpr, LOT_STATES: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_ENTERING: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr,
+    SPLIT: tl.constexpr, SIDE: tl.constexpr, MIRRORED: tl.constexpr, SUM_U: tl.constexpr, SUM_Y: tl.constexpr,
+    COMPLETE: tl.constexpr, MATRIX: tl.constexpr, COARSE: tl.constexpr, LOT: tl.constexpr, PTX: tl.constexpr,
+    ACC: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a region of the paths first, first + stride... (count of them).
 
     ``entering`` is the gradient that reaches the last state from outside, or with SPLIT the one that reaches the last
-    state of every region. Each program takes every ``programs``-th of the (batch, region, block of channels) items.
+    state of every region. Each program takes every ``programs``-th of the (batch, region, block of channels) items;
+    SIDE if there is an item for every path too.
     """
     blocks = tl.cdiv(group_channels, BLOCK_D)
     groups = channels // group_channels
@@ -71,36 +91,38 @@ def scan_gradient_kernel(
     lane = tl.arange(0, BLOCK_D)
     n_mask = n < N
     packed_l = groups * 2 * BLOCK_N
-    PARKED: tl.constexpr = CHUNK // SEGMENT + 1
-    scratch_at = scratch + tl.program_id(0).to(tl.int64) * PARKED * BLOCK_N * BLOCK_D
-    parked_cell = n[:, None] * BLOCK_D + lane[None, :]
-    if MATRIX:
-        quad = tl.arange(0, 32) // 4
-        selector = (quad[:, None] == tl.arange(0, 8)[None, :]).to(tl.float32)  # adds the lanes of a quad
+    STATE: tl.constexpr = BLOCK_N * BLOCK_D
+    PARKS: tl.constexpr = SEGMENT < CHUNK  # else segments start from saved states
+    if PARKS:
+        lot = lot_of(scratch, LOT_STATES * STATE, LOT)
+    selector = pair_selector(COARSE)
 
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         block = item % blocks
         group = item // blocks % groups
         split = item // (blocks * groups) % splits
         b = (item // (blocks * groups * splits)).to(tl.int64)
+        if SIDE:
+            b, first = b // K, (b % K).to(tl.int32)
+        first_channel = group * group_channels + block * BLOCK_D
         in_group = block * BLOCK_D + lane
         d = group * group_channels + in_group
         d_mask = in_group < group_channels
-        d_read = readable(d, channels, LANE)
+        d_read = readable(d, channels, 1)
         state_mask = n_mask[:, None] & d_mask[None, :]
-        cell = state_cells(n, d, channels, stride_N, BLOCK_N)
-        dout_at = dout + b * dout_b + d_read
+        cell = state_cells(n, d, stride_N)
+        d_tile = readable(d, channels, VECTOR)
+        dout_at = dout + b * dout_b + d_tile
         z_at = dout_at
         if HAS_Z:
-            z_at = z + b * z_b + d_read
-            dz_at = dz + b * L * channels + d
+            z_at = z + b * z_b + d_tile
+            dz_at = dz + b * L * channels + d_tile
         if SUM_Y:
-            y_at = y_sum + b * L * channels + d_read
+            y_at = y_sum + b * L * channels + d_tile
         if SUM_U:
-            du_sum_at = du_sum + b * L * channels + d_read
+            du_sum_at = du_sum + b * L * channels + d_tile
         if WINDOW > 1:  # sums of a chunk's steps over what comes from inside their windows: y, gB and A w
-            window_at = window_sums + (b * splits + split) * 3 * CHUNK * channels + d
-            received_at = window_states + (b * splits + split) * WINDOW * N * channels
+            window_at = window_sums + (b * splits + split) * 3 * CHUNK * channels + d_tile
 
         for i in range(count):
             k = first + i * stride
@@ -111,12 +133,12 @@ def scan_gradient_kernel(
             if HOLES:
                 steps = tl.load(lengths + row)
             begin, end = region_of(split, region, steps, MIRRORED & backwards)
-            u_at = u + b * u_b + k * u_k + d_read
-            delta_at = delta + b * delta_b + k * delta_k + d_read
-            packed_at = packed + (path * L * groups + group) * 2 * BLOCK_N + n
-            rows_of_packed = packed_row(packed + (path * L * groups + group) * 2 * BLOCK_N, BLOCK_N)
-            du_at = du + (b if SUM_U else path) * L * channels + d
-            ddelta_at = ddelta + path * L * channels + d
+            u_at = u + b * u_b + k * u_k + d_tile
+            delta_at = delta + b * delta_b + k * delta_k + d_tile
+            packed_at = packed + (path * L * groups + group) * 2 * BLOCK_N
+            B_at, BC_at = packed_at + n, packed_at + tl.arange(0, 2 * BLOCK_N)
+            du_at = du + (b if SUM_U else path) * L * channels + d_tile
+            ddelta_at = ddelta + path * L * channels + d_tile
             partial_at = partial + (((block * batch + path // K) * K + k) * L * groups + group) * 2 * BLOCK_N
             A_k = tl.load(A + k * N * channels + cell, mask=state_mask, other=0.0).to(ACC) * LOG2E
             bias_k = tl.zeros([BLOCK_D], ACC)
@@ -138,107 +160,108 @@ def scan_gradient_kernel(
             finishes = k == K - 1
             passes_on = (k < K - 1) | (not COMPLETE)
 
-            chunks_here = tl.cdiv(end - begin, CHUNK)
-            for chunk_from_end in range(chunks_here):
-                chunk = chunks_here - 1 - chunk_from_end
+            span = region  # what one round recomputes: all chunks, or one if its states have to be parked
+            if PARKS:
+                span = CHUNK
+            spans = tl.cdiv(end - begin, span)
+            for span_from_end in range(spans):
+                chunk = (spans - 1 - span_from_end) * (span // CHUNK)
                 chunk_begin = begin + chunk * CHUNK
-                segments = tl.cdiv(tl.minimum(end - chunk_begin, CHUNK), SEGMENT)
-                saved = (path * chunks + split * (region // CHUNK) + chunk) * N
-                h = tl.load(states + saved * channels + cell, mask=state_mask, other=0.0)
-                chunk_end = tl.minimum(chunk_begin + CHUNK, end)
-                now = tokens_at(table, row, P, chunk_begin, chunk_end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
-                u_t = rows_at(now, u_at, u_l, UNROLL, HOLES)
-                delta_t = rows_at(now, delta_at, delta_l, UNROLL, HOLES)
-                BC_t = rows_at(now, rows_of_packed, packed_l, UNROLL, HOLES)
-                tl.debug_barrier()  # the parked states of the chunk before have been read
-                tl.store(scratch_at + parked_cell, h)
-                for start in range(chunk_begin, chunk_begin + (segments - 1) * SEGMENT, UNROLL):
-                    next_begin = start + UNROLL
-                    soon = tokens_at(table, row, P, next_begin, chunk_end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
-                    u_next = rows_at(soon, u_at, u_l, UNROLL, HOLES)
-                    delta_next = rows_at(soon, delta_at, delta_l, UNROLL, HOLES)
-                    BC_next = rows_at(soon, rows_of_packed, packed_l, UNROLL, HOLES)
-                    for j in tl.static_range(UNROLL):
-                        u_j = of_token(u_t[j], now[j], HOLES, ACC)
-                        delta_j = of_token(delta_t[j], now[j], HOLES, ACC)
-                        _, step = step_size(delta_j, bias_k, start + j < end, SOFTPLUS, COARSE)
-                        B_j, _ = split_projections(BC_t[j])
-                        h = tl.exp2(step[None, :] * A_k) * h + (step * u_j)[None, :] * B_j[:, None]
-                        if j % SEGMENT == SEGMENT - 1:
-                            parked_segment = (start - chunk_begin + j + 1) // SEGMENT
-                            tl.store(scratch_at + parked_segment * BLOCK_N * BLOCK_D + parked_cell, h)
-                    now, u_t, delta_t, BC_t = soon, u_next, delta_next, BC_next
-                tl.debug_barrier()
-
+                segments = tl.cdiv(tl.minimum(end - chunk_begin, span), SEGMENT)
+                saved_at = states + (path * chunks + split * (region // CHUNK) + chunk) * N * channels + cell
                 if WINDOW > 1:
-                    for window in range(tl.cdiv(tl.minimum(end - chunk_begin, CHUNK), WINDOW)):
-                        dA_k = window_gradients(
-                            u_at, delta_at, packed_at, z_at, dout_at, table, received_at, window_at, partial_at + n,
-                            A_k, bias_k, dA_k, d_mask, n_mask, row, P, chunk_begin + window * WINDOW, end, steps,
-                            backwards, u_l, delta_l, packed_l, z_l, dout_l, channels, cell, window * WINDOW,
-                            N, BLOCK_N, CHUNK, WINDOW, SOFTPLUS, HAS_Z, HAS_TABLE, HOLES, COARSE, ACC, OFFSET,
-                        )  # fmt: skip
+                    tl.debug_barrier()  # what the chunk before has parked has been read
+                    dA_k = window_gradients(
+                        u_at, delta_at, BC_at, z_at, dout_at, table, lot, window_at, partial_at + n, selector,
+                        A_k, bias_k, dA_k, d_mask, n_mask, row, P, chunk_begin, tl.minimum(end - chunk_begin, CHUNK),
+                        end, steps, backwards, u_l, delta_l, packed_l, z_l, dout_l, channels, BLOCK_N, BLOCK_D, CHUNK,
+                        STAGES, WINDOW, SOFTPLUS, HAS_Z, HAS_TABLE, HOLES, MATRIX, COARSE, LOT, ACC, OFFSET,
+                    )  # fmt: skip
 
-                parked = tl.load(scratch_at + (segments - 1) * BLOCK_N * BLOCK_D + parked_cell)
-                last_begin = chunk_begin + (segments - 1) * SEGMENT
-                now = tokens_at(table, row, P, last_begin, end, steps, backwards, SEGMENT, HAS_TABLE, OFFSET)
-                u_t = rows_at(now, u_at, u_l, SEGMENT, HOLES)
-                delta_t = rows_at(now, delta_at, delta_l, SEGMENT, HOLES)
-                dout_t = rows_at(now, dout_at, dout_l, SEGMENT, HOLES)
-                BC_t = rows_at(now, rows_of_packed, packed_l, SEGMENT, HOLES)
-                if HAS_Z:
-                    z_t = rows_at(now, z_at, z_l, SEGMENT, HOLES)
-                if SUM_Y:
-                    y_t = rows_at(now, y_at, channels, SEGMENT, HOLES)
-                if SUM_U:
-                    du_t = rows_at(now, du_sum_at, channels, SEGMENT, HOLES)
-                for segment_from_end in range(segments):
+                if PARKS:
+                    if PTX:  # the chunk before, which comes next
+                        before_begin = chunk_begin - CHUNK
+                        coming = tokens_at(table, row, P, before_begin, end, steps, backwards, CHUNK, HAS_TABLE, OFFSET)
+                        rows = row_of(coming, HOLES)
+                        fetch_ahead(u + b * u_b + k * u_k + first_channel + rows * u_l)
+                        fetch_ahead(delta + b * delta_b + k * delta_k + first_channel + rows * delta_l)
+                        fetch_ahead(dout + b * dout_b + first_channel + rows * dout_l)
+                        if HAS_Z:
+                            fetch_ahead(z + b * z_b + first_channel + rows * z_l)
+                        earlier = (path * chunks + split * (region // CHUNK) + tl.maximum(chunk - 1, 0)) * N
+                        fetch_ahead(states + (earlier + n) * channels + first_channel)
+                    tl.debug_barrier()  # the parked states of the chunk before have been read
+                    h = tl.load(saved_at, mask=state_mask, other=0.0)
+                    first_state = h
+                    recompute_end = chunk_begin + (segments - 1) * SEGMENT
+                    for start in tl.range(chunk_begin, recompute_end, UNROLL, num_stages=STAGES):
+                        tokens = tokens_at(table, row, P, start, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
+                        u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
+                        delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
+                        B_t = rows_of(tile_at(tokens, B_at, packed_l, HOLES))
+                        steps_t = ()
+                        inputs_t = ()
+                        for j in tl.static_range(UNROLL):
+                            _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
+                            steps_t = steps_t + (step,)
+                            inputs_t = inputs_t + (step * u_t[j].to(ACC),)
+                        for piece in tl.static_range(UNROLL // SEGMENT):
+                            if start + piece * SEGMENT < recompute_end:
+                                for place in tl.static_range(SEGMENT):
+                                    decay = tl.exp2(steps_t[piece * SEGMENT + place][None, :] * A_k)
+                                    input_j = inputs_t[piece * SEGMENT + place][None, :]
+                                    h = decay * h + input_j * B_t[piece * SEGMENT + place][:, None]
+                                park(lot, ((start - chunk_begin) // SEGMENT + piece + 1) * STATE, h, LOT)
+                    park(lot, 0, first_state, LOT)  # here, so that nothing above waits for it
+                    tl.debug_barrier()
+
+                for segment_from_end in tl.range(segments, num_stages=STAGES):
                     segment = segments - 1 - segment_from_end
-                    h = parked
-                    # The segment before is on its way while this one is computed; ahead of the first, nobody uses it.
                     start = chunk_begin + segment * SEGMENT
-                    next_begin = tl.maximum(start - SEGMENT, chunk_begin)
-                    soon = tokens_at(table, row, P, next_begin, end, steps, backwards, SEGMENT, HAS_TABLE, OFFSET)
-                    u_next = rows_at(soon, u_at, u_l, SEGMENT, HOLES)
-                    delta_next = rows_at(soon, delta_at, delta_l, SEGMENT, HOLES)
-                    dout_next = rows_at(soon, dout_at, dout_l, SEGMENT, HOLES)
-                    BC_next = rows_at(soon, rows_of_packed, packed_l, SEGMENT, HOLES)
+                    tokens = tokens_at(table, row, P, start, end, steps, backwards, SEGMENT, HAS_TABLE, OFFSET)
+                    if PARKS:
+                        h = unpark(lot, segment * STATE, BLOCK_N, BLOCK_D, LOT)
+                    else:
+                        h = tl.load(saved_at + segment * N * channels, mask=state_mask, other=0.0)
+                    u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
+                    delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
+                    dout_t = rows_of(visited(tile_at(tokens, dout_at, dout_l, HOLES), tokens, HOLES))
+                    BC_t = rows_of(tile_at(tokens, BC_at, packed_l, HOLES))
                     if HAS_Z:
-                        z_next = rows_at(soon, z_at, z_l, SEGMENT, HOLES)
+                        z_t = rows_of(tile_at(tokens, z_at, z_l, HOLES))
                     if SUM_Y:
-                        y_next = rows_at(soon, y_at, channels, SEGMENT, HOLES)
-                    if SUM_U:
-                        du_next = rows_at(soon, du_sum_at, channels, SEGMENT, HOLES)
+                        y_t = rows_of(tile_at(tokens, y_at, channels, HOLES))
+                    if WINDOW > 1:
+                        in_chunk = segment * SEGMENT + tl.arange(0, SEGMENT)
+                        window_y = rows_of(tile_at(in_chunk, window_at, channels, False))
+                        window_gB = rows_of(tile_at(in_chunk + CHUNK, window_at, channels, False))
+                        window_Aw = rows_of(tile_at(in_chunk + 2 * CHUNK, window_at, channels, False))
 
                     before = ()  # the state before every step of the segment
                     decays = ()
                     raws = ()
                     sizes = ()
-                    inputs = ()
                     for j in tl.static_range(SEGMENT):
-                        u_j = of_token(u_t[j], now[j], HOLES, ACC)
-                        delta_j = of_token(delta_t[j], now[j], HOLES, ACC)
-                        raw, step = step_size(delta_j, bias_k, start + j < end, SOFTPLUS, COARSE)
+                        raw, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
                         decay = tl.exp2(step[None, :] * A_k)
                         before = before + (h,)
                         decays = decays + (decay,)
                         raws = raws + (raw,)
                         sizes = sizes + (step,)
-                        inputs = inputs + (u_j,)
                         B_j, _ = split_projections(BC_t[j])
-                        h = decay * h + (step * u_j)[None, :] * B_j[:, None]
+                        h = decay * h + (step * u_t[j].to(ACC))[None, :] * B_j[:, None]
 
+                    du_t = ()
+                    ddelta_t = ()
+                    dz_t = ()
+                    ys = ()
+                    of_Bs = ()
+                    of_Cs = ()
                     for j in tl.static_range(SEGMENT - 1, -1, -1):
-                        token = now[j]
-                        step, u_j = sizes[j], inputs[j]
+                        step, u_j = sizes[j], u_t[j].to(ACC)
                         B_j, C_j = split_projections(BC_t[j])
-                        in_chunk = segment * SEGMENT + j
                         inside = start + j < end
-                        visited = inside
-                        if HOLES:
-                            visited = visited & (token >= 0)
-                        mask = d_mask & visited
-                        dout_j = tl.where(visited, dout_t[j].to(ACC), 0.0)
+                        dout_j = tl.where(inside, dout_t[j].to(ACC), 0.0)
                         dy = dout_j
                         if HAS_Z:
                             z_j = z_t[j].to(ACC)
@@ -246,13 +269,11 @@ def scan_gradient_kernel(
                             dy = dout_j * z_j * gate
                             y = tl.sum(h * C_j[:, None], 0) + D_k * u_j
                             if WINDOW > 1:
-                                y += tl.load(window_at + in_chunk * channels, mask=d_mask, other=0.0)
+                                y += window_y[j]
                             if SUM_Y:
                                 y += tl.where(adds, y_t[j], 0.0)
-                                tl.store(y_at + token * channels, y, mask=mask & passes_on)
-                            if COMPLETE:
-                                dz_j = dout_j * y * gate * (1.0 + z_j * (1.0 - gate))
-                                tl.store(dz_at + token * channels, dz_j.to(dz.dtype.element_ty), mask=mask & finishes)
+                                ys = (y,) + ys
+                            dz_t = (dout_j * y * gate * (1.0 + z_j * (1.0 - gate)),) + dz_t
                         g = future + C_j[:, None] * dy[None, :]
                         gB = tl.sum(g * B_j[:, None], 0)
                         of_C = h * tl.where(d_mask, dy, 0.0)[None, :]
@@ -262,46 +283,55 @@ def scan_gradient_kernel(
                         dA_k += w * step[None, :]
                         Aw = tl.sum(w * A_k, 0)
                         if WINDOW > 1:
-                            gB += tl.load(window_at + (CHUNK + in_chunk) * channels, mask=d_mask, other=0.0)
-                            Aw += tl.load(window_at + (2 * CHUNK + in_chunk) * channels, mask=d_mask, other=0.0)
+                            gB += window_gB[j]
+                            Aw += window_Aw[j]
                         dstep = u_j * gB + Aw / LOG2E
                         if SOFTPLUS:
                             dstep *= sigmoid(raws[j])
                         dbias_k += tl.where(inside, dstep, 0.0)
                         dD_k += dy * u_j
-                        du_j = step * gB + D_k * dy
-                        tl.store(ddelta_at + token * channels, dstep.to(ddelta.dtype.element_ty), mask=mask)
-                        if SUM_U:
-                            du_j += tl.where(adds, du_t[j], 0.0)
-                            tl.store(du_sum_at + token * channels, du_j, mask=mask & passes_on)
-                            if COMPLETE:
-                                tl.store(du_at + token * channels, du_j.to(du.dtype.element_ty), mask=mask & finishes)
+                        ddelta_t = (dstep,) + ddelta_t
+                        du_t = (step * gB + D_k * dy,) + du_t
+                        if BLOCK_N == 1:
+                            of_Bs = (tl.reshape(of_B, (BLOCK_D,)),) + of_Bs
+                            of_Cs = (tl.reshape(of_C, (BLOCK_D,)),) + of_Cs
                         else:
-                            tl.store(du_at + token * channels, du_j.to(du.dtype.element_ty), mask=mask)
-                        if MATRIX:
-                            dB_j = channel_sums(of_B, selector, COARSE == 0)
-                            dC_j = channel_sums(of_C, selector, COARSE == 0)
-                        else:
-                            dB_j = tl.sum(of_B, 1)
-                            dC_j = tl.sum(of_C, 1)
-                        slot = partial_at + token * packed_l + n
-                        if WINDOW > 1:
-                            dB_j += tl.load(slot, mask=n_mask & visited, other=0.0)
-                            dC_j += tl.load(slot + BLOCK_N, mask=n_mask & visited, other=0.0)
-                        tl.store(slot, dB_j, mask=n_mask & visited)
-                        tl.store(slot + BLOCK_N, dC_j, mask=n_mask & visited)
-                        if (
-                            j == SEGMENT - 1
-                        ):  # the state at the beginning of the segment before, now that registers are free
-                            parked = tl.load(scratch_at + tl.maximum(segment - 1, 0) * BLOCK_N * BLOCK_D + parked_cell)
+                            token = token_at(table, row, P, start + j, end, steps, backwards, HAS_TABLE, OFFSET)
+                            slot_mask = n_mask & inside
+                            if HOLES:
+                                slot_mask = slot_mask & (token >= 0)
+                            dB_j = channel_sums(of_B, selector, MATRIX, COARSE)
+                            dC_j = channel_sums(of_C, selector, MATRIX, COARSE)
+                            add_to_slot(partial_at + token * packed_l + n, dB_j, slot_mask, WINDOW > 1)
+                            add_to_slot(partial_at + token * packed_l + n + BLOCK_N, dC_j, slot_mask, WINDOW > 1)
                         h = before[j]
-                    now, u_t, delta_t, dout_t, BC_t = soon, u_next, delta_next, dout_next, BC_next
-                    if HAS_Z:
-                        z_t = z_next
-                    if SUM_Y:
-                        y_t = y_next
+
+                    visits = start + tl.arange(0, SEGMENT) < end
+                    if HOLES:
+                        visits = visits & (tokens >= 0)
+                    mask = d_mask[None, :] & visits[:, None]
+                    if BLOCK_N == 1:  # sums of all steps of a segment at once
+                        dB_s = channel_sums(tile_of(of_Bs, SEGMENT), selector, MATRIX, COARSE)
+                        dC_s = channel_sums(tile_of(of_Cs, SEGMENT), selector, MATRIX, COARSE)
+                        add_to_slot(partial_at + tokens * packed_l, dB_s, visits, WINDOW > 1)
+                        add_to_slot(partial_at + tokens * packed_l + 1, dC_s, visits, WINDOW > 1)
+                    row_cells = tokens[:, None] * channels
+                    ddelta_s = tile_of(ddelta_t, SEGMENT)
+                    tl.store(ddelta_at[None, :] + row_cells, ddelta_s.to(ddelta.dtype.element_ty), mask=mask)
+                    du_s = tile_of(du_t, SEGMENT)
                     if SUM_U:
-                        du_t = du_next
+                        du_s += tl.where(adds, tile_at(tokens, du_sum_at, channels, HOLES), 0.0)
+                        tl.store(du_sum_at[None, :] + row_cells, du_s, mask=mask & passes_on)
+                    if COMPLETE or not SUM_U:
+                        du_mask = mask
+                        if SUM_U:
+                            du_mask = mask & finishes
+                        tl.store(du_at[None, :] + row_cells, du_s.to(du.dtype.element_ty), mask=du_mask)
+                    if SUM_Y:
+                        tl.store(y_at[None, :] + row_cells, tile_of(ys, SEGMENT), mask=mask & passes_on)
+                    if HAS_Z and COMPLETE:
+                        dz_s = tile_of(dz_t, SEGMENT)
+                        tl.store(dz_at[None, :] + row_cells, dz_s.to(dz.dtype.element_ty), mask=mask & finishes)
 
             part = path * splits + split
             tl.store(dA + part * N * channels + cell, dA_k, mask=state_mask)
@@ -311,6 +341,7 @@ def scan_gradient_kernel(
                 tl.store(dD + part * channels + d, dD_k, mask=d_mask)
             if HAS_BIAS:
                 tl.store(dbias + part * channels + d, dbias_k, mask=d_mask)
+            tl.debug_barrier()  # the next path adds to what this one has stored
 
 
 def backward(
@@ -342,22 +373,25 @@ def backward(
     complete = complete or paths is None
     block = block_shape(N, channels // groups)
     block_n, block_d = block["BLOCK_N"], block["BLOCK_D"]
-    if block_n >= 8:  # few programs run at once, so each fetches more
-        block["UNROLL"] = 8
-    launches, splits, region = plan_launches(u, A, groups, paths, window)
+    block["STAGES"] = 3
+    side = side_by_side(u, A, z, complete)
+    launches, splits, region = plan_launches(u, A, groups, paths, window, side)
     blocks = triton.cdiv(channels // groups, block_d)
-    items = batch * splits * groups * blocks
-    programs = min(items, multiprocessors(u.device) * max(1, RESIDENT_WARPS // block["num_warps"]))
+    places = multiprocessors(u.device) * max(1, RESIDENT_WARPS // block["num_warps"])
+    if splits == 1 and K == 1:
+        splits, region = even_regions(batch * groups * blocks, places, steps)
+    items = batch * splits * groups * blocks * (K if side else 1)
+    programs = triton.cdiv(items, triton.cdiv(items, places))  # all have as many items, but for the last one
     reverse_mask = sum(1 << k for k in range(K) if reverse[k])
     orders = 1 if paths is None else paths.shape[0]
-    sum_u = shared == 1 and (K > 1 or not complete)
+    sum_u = shared == 1 and (K > 1 or not complete) and not side
     sum_y = z is not None and (K > 1 or not complete)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         """A buffer that kernels fill; if a table does not visit every token, it starts as zeros."""
         return (torch.empty if complete else torch.zeros)(*shape, dtype=dtype, device=u.device)
 
-    du = new(*u.shape, dtype=u.dtype if complete or not sum_u else dtype)
+    du = new(batch, K if side else shared, L, channels, dtype=u.dtype if complete or not sum_u else dtype)
     du_sum = (new(batch, L, channels) if complete else du) if sum_u else None
     ddelta = new(*delta.shape, dtype=delta.dtype)
     dz = None if z is None else new(batch, L, channels, dtype=z.dtype)
@@ -368,10 +402,14 @@ def backward(
     dD = None if D is None else u.new_empty(batch, K, splits, channels, dtype=dtype)
     dbias = None if delta_bias is None else u.new_empty(batch, K, splits, channels, dtype=dtype)
     dinitial = None if initial_state is None else u.new_empty(batch, K, N, channels, dtype=dtype)
-    scratch = u.new_empty(programs, CHUNK // SEGMENT + 1, block_n, block_d, dtype=dtype)
-    window_states = window_sums = None
+    segment = min(8 if window > 1 else CHUNK, max(2, 32 // block_n))  # steps whose states are in registers together
+    parked_states = 0 if segment == CHUNK else CHUNK if window > 1 else CHUNK // segment
+    parked = parked_states * block_n * block_d
+    lot = shared_lot(u.device, dtype, parked)
+    matrix = dtype == torch.float32 and (segment if block_n == 1 else block_n) == 16  # see channel_sums
+    scratch = None if lot or not parked else u.new_empty(programs, parked, dtype=dtype)
+    window_sums = None
     if window > 1:
-        window_states = u.new_empty(batch * splits, window, N, channels, dtype=dtype)
         window_sums = u.new_empty(batch * splits, 3, CHUNK, channels, dtype=dtype)
 
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -409,12 +447,13 @@ def backward(
         for launch in launches:
             scan_gradient_kernel[(programs,)](
                 u, delta, A, packed, D, z, delta_bias, paths, lengths, states, grad_out, entering,
-                du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch, window_states, window_sums,
+                du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch, window_sums,
                 L, steps, K, orders, launch.first, launch.stride, launch.count, channels, channels, channels // groups,
                 reverse_mask, num_chunks(steps), region, splits, batch, items, *u_strides, *strides,
-                CHUNK=CHUNK, SEGMENT=SEGMENT, WINDOW=window, HAS_D=D is not None, HAS_ENTERING=entering is not None,
-                HAS_DINITIAL=dinitial is not None, SPLIT=splits > 1, SUM_U=sum_u, SUM_Y=sum_y, COMPLETE=complete,
-                MATRIX=block_n == 16 and dtype == torch.float32, **options,
+                CHUNK=CHUNK, SEGMENT=segment, LOT_STATES=parked_states, WINDOW=window, HAS_D=D is not None,
+                HAS_ENTERING=entering is not None,
+                HAS_DINITIAL=dinitial is not None, SPLIT=splits > 1, SIDE=side, SUM_U=sum_u, SUM_Y=sum_y,
+                COMPLETE=complete, LOT=lot, PTX=runs_ptx(u.device), MATRIX=matrix, **options,
             )  # fmt: skip
         rows, block_rows = batch * K * L * groups, 256 // block_n
         add_partials_kernel[(triton.cdiv(rows, block_rows),)](
@@ -423,6 +462,8 @@ def backward(
     if not complete and z is not None:
         gate = torch.sigmoid(z.to(dtype))
         dz = grad_out.to(dtype) * y_sum * gate * (1 + z.to(dtype) * (1 - gate))
+    if side and shared == 1:
+        du = add_paths(du).unsqueeze(1)
     dA = dA.sum((0, 2)).transpose(1, 2)
     dD, dbias = (None if x is None else x.sum((0, 2)) for x in (dD, dbias))
     dinitial = None if dinitial is None else dinitial.transpose(2, 3)

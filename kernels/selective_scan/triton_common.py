@@ -12,23 +12,24 @@ __all__ = [
     "block_shape",
     "exp_of_minus_abs",
     "log1p_of_unit",
-    "of_token",
     "offset_type",
     "pack_projections",
-    "packed_row",
     "path_lengths",
     "readable",
     "region_of",
     "row_of",
-    "rows_at",
+    "rows_of",
     "sigmoid",
     "softplus",
     "split_projections",
     "state_cells",
     "states_first",
     "step_size",
+    "tile_at",
+    "tile_of",
     "token_at",
     "tokens_at",
+    "visited",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -83,9 +84,9 @@ def sigmoid(x):
 
 
 @triton.jit
-def readable(d, channels, LANE: tl.constexpr):
-    """Channels d, wrapped around to where every pointer can be read; a lane's channels stay together."""
-    return tl.max_contiguous(tl.multiple_of(d % channels, LANE), LANE)
+def readable(d, channels, VECTOR: tl.constexpr):
+    """Channels d, wrapped around to where every pointer can be read; VECTOR neighbours stay together."""
+    return tl.max_contiguous(tl.multiple_of(d % channels, VECTOR), VECTOR)
 
 
 @triton.jit
@@ -106,11 +107,8 @@ def token_at(table, row, columns, step, end, steps, backwards, HAS_TABLE: tl.con
 def tokens_at(
     table, row, columns, step, end, steps, backwards, STEPS: tl.constexpr, HAS_TABLE: tl.constexpr, OFFSET: tl.constexpr
 ):
-    """Tokens of several steps, a tuple."""
-    tokens = ()
-    for j in tl.static_range(STEPS):
-        tokens = tokens + (token_at(table, row, columns, step + j, end, steps, backwards, HAS_TABLE, OFFSET),)
-    return tokens
+    """Tokens of several steps from ``step`` on, (STEPS,), as ``token_at`` gives them."""
+    return token_at(table, row, columns, step + tl.arange(0, STEPS), end, steps, backwards, HAS_TABLE, OFFSET)
 
 
 @triton.jit
@@ -122,37 +120,60 @@ def row_of(token, HOLES: tl.constexpr):
 
 
 @triton.jit
-def rows_at(tokens, pointers, row_stride, STEPS: tl.constexpr, HOLES: tl.constexpr):
-    """The rows of several tokens, a tuple. Nothing is masked: every pointer can be read."""
+def tile_at(tokens, pointers, row_stride, HOLES: tl.constexpr):
+    """The rows (D,) of several tokens, (STEPS, D). Nothing is masked: every pointer can be read."""
+    return tl.load(pointers[None, :] + row_of(tokens, HOLES)[:, None] * row_stride)
+
+
+@triton.jit
+def visited(tile, tokens, HOLES: tl.constexpr):
+    """A tile with zeros in the rows of zero tokens."""
+    if HOLES:
+        tile = tl.where((tokens >= 0)[:, None], tile, 0.0)
+    return tile
+
+
+@triton.jit
+def rows_of(tile):
+    """The rows of a tile (STEPS, D), a tuple: halved until every part is a row, which moves no value between lanes."""
+    STEPS: tl.constexpr = tile.shape[0]
+    D: tl.constexpr = tile.shape[1]
+    HALVINGS: tl.constexpr = (STEPS > 1) + (STEPS > 2) + (STEPS > 4) + (STEPS > 8)
+    parts = (tl.permute(tile, (1, 0)),)
+    for level in tl.static_range(HALVINGS):
+        halves = ()
+        for i in tl.static_range(1 << level):
+            part = tl.reshape(parts[i], (D, 2, (STEPS >> level) // 2))
+            low, high = tl.split(tl.permute(part, (0, 2, 1)))
+            halves = halves + (low, high)
+        parts = halves
     rows = ()
-    for j in tl.static_range(STEPS):
-        rows = rows + (tl.load(pointers + row_of(tokens[j], HOLES) * row_stride),)
+    for i in tl.static_range(STEPS):
+        rows = rows + (tl.reshape(parts[i], (D,)),)
     return rows
 
 
 @triton.jit
-def packed_row(packed, BLOCK_N: tl.constexpr):
-    """Pointers to a row of ``pack_projections``, (2, BLOCK_N)."""
-    return packed + tl.arange(0, 2)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+def tile_of(rows, STEPS: tl.constexpr):
+    """The tile (STEPS, D) of a tuple of rows (D,)."""
+    D: tl.constexpr = rows[0].shape[0]
+    HALVINGS: tl.constexpr = (STEPS > 1) + (STEPS > 2) + (STEPS > 4) + (STEPS > 8)
+    parts = ()
+    for i in tl.static_range(STEPS):
+        parts = parts + (tl.reshape(rows[i], (D, 1)),)
+    for level in tl.static_range(HALVINGS):
+        joined = ()
+        for i in tl.static_range(STEPS >> (level + 1)):
+            pair = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (0, 2, 1))
+            joined = joined + (tl.reshape(pair, (D, 2 << level)),)
+        parts = joined
+    return tl.permute(parts[0], (1, 0))
 
 
 @triton.jit
 def split_projections(row):
-    """B and C (BLOCK_N,) of a row of ``pack_projections``, (2, BLOCK_N).
-
-    The row is fetched a value to a lane, so it waits in one register; only where it is used, every lane gets all of it.
-    Triton would undo that for separate rows of B and C, which are shorter than a warp.
-    """
-    return tl.split(tl.permute(row, (1, 0)))
-
-
-@triton.jit
-def of_token(row, token, HOLES: tl.constexpr, ACC: tl.constexpr):
-    """A token's row in the accumulation type, zero for a zero token."""
-    row = row.to(ACC)
-    if HOLES:
-        row = tl.where(token >= 0, row, 0.0)
-    return row
+    """B and C (BLOCK_N,) of a row (2 * BLOCK_N,) of ``pack_projections``."""
+    return tl.split(tl.permute(tl.reshape(row, (2, row.shape[0] // 2)), (1, 0)))
 
 
 @triton.jit
@@ -166,12 +187,9 @@ def step_size(delta_j, bias, inside, SOFTPLUS: tl.constexpr, COARSE: tl.constexp
 
 
 @triton.jit
-def state_cells(n, d, channels, stride_N, BLOCK_N: tl.constexpr):
-    """Offsets of the states n of channels d in a tensor (..., N, D); ``stride_N`` is ``channels``, see block_shape."""
-    row = stride_N
-    if BLOCK_N < 16:
-        row = channels
-    return n[:, None] * row + d[None, :]
+def state_cells(n, d, stride_N):
+    """Offsets of the states n of channels d in a tensor (..., N, D); ``stride_N`` is D, see ``block_shape``."""
+    return n[:, None] * stride_N + d[None, :]
 
 
 @triton.jit
@@ -224,24 +242,25 @@ def block_shape(N: int, channels: int) -> dict[str, int]:
     """Sizes of a program: BLOCK_N states and BLOCK_D channels, all states of a channel in one lane.
 
     With the states of a channel in one thread, the sum over states needs no exchange between threads, and values that
-    belong to a channel (u, delta, z, y) are loaded by the very lane that uses them. A lane holds up to 16 states: those
-    of LANE = 4 channels if each has at most 4, or of one channel. For one channel to a lane, Triton must not prove that
-    several neighbouring channels may be loaded at once; hence ``stride_N``, whose divisibility the kernels hide. More
-    than 16 states are shared among several warps.
+    belong to a channel (u, delta, z, y) are in the lane that uses them. For that, Triton must not prove that several
+    neighbouring channels may be loaded at once: hence ``stride_N``, whose divisibility the kernels hide. More than 16
+    states are shared among several warps.
 
-    A loop body has UNROLL steps, and fetches the rows of the next body's: with few warps, many bytes have to be on
-    their way to keep the memory busy.
+    A loop body has UNROLL steps. Their rows are fetched together, VECTOR neighbouring channels at once, STAGES - 1
+    bodies ahead and into shared memory: a warp can tell only six groups of loads into registers apart, and at the next
+    use of any other would wait for rows that nobody needs yet.
 
     Args:
         N: States.
         channels: Channels that share their B and C.
     """
     block_n = triton.next_power_of_2(N)
-    lane = 1
-    if channels % 4 == 0:
-        lane = max(1, min(4, 16 // block_n, triton.next_power_of_2(triton.cdiv(channels, 32))))
-    warps, unroll = max(1, block_n // 16), 4
-    return dict(BLOCK_N=block_n, BLOCK_D=32 * lane, LANE=lane, UNROLL=unroll, num_warps=warps)
+    unroll = max(4, min(16, 64 // block_n))
+    vector = next(size for size in (8, 4, 2, 1) if channels % size == 0)
+    warps = max(1, block_n // 16)
+    return dict(
+        BLOCK_N=block_n, BLOCK_D=32, VECTOR=vector, UNROLL=unroll, STAGES=4 if unroll == 4 else 3, num_warps=warps
+    )
 
 
 def states_first(x: Tensor | None) -> Tensor | None:

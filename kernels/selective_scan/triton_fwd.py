@@ -18,22 +18,24 @@ from zoo.kernels.selective_scan.op import CHUNK, num_chunks
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     block_shape,
-    of_token,
     offset_type,
     pack_projections,
-    packed_row,
     path_lengths,
     readable,
     region_of,
-    rows_at,
+    rows_of,
     sigmoid,
     split_projections,
     state_cells,
     states_first,
     step_size,
+    tile_at,
+    tile_of,
     tokens_at,
+    visited,
 )
-from zoo.kernels.selective_scan.triton_regions import carry_kernel, plan_launches, region_state_kernel
+from zoo.kernels.selective_scan.triton_regions import carry_kernel, plan_launches, region_state_kernel, side_by_side
+from zoo.kernels.selective_scan.triton_sums import add_paths
 
 __all__ = ["forward"]
 
@@ -44,36 +46,41 @@ def scan_kernel(
     u, delta, A, packed, D, z, bias, initial, table, lengths, out, merged, last_state, states,
     L, P, K, orders, first, stride, count, channels, stride_N, group_channels, reverse_mask, chunks, region, splits,
     u_b, u_k, u_l, delta_b, delta_k, delta_l, z_b, z_l,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LANE: tl.constexpr, CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr, WINDOW: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr,
-    SPLIT: tl.constexpr, MIRRORED: tl.constexpr, SAVE: tl.constexpr, MERGE: tl.constexpr, COMPLETE: tl.constexpr,
-    COARSE: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HOLES: tl.constexpr, SPLIT: tl.constexpr, SIDE: tl.constexpr, MIRRORED: tl.constexpr,
+    SAVE: tl.constexpr, MERGE: tl.constexpr, COMPLETE: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a region of the paths first, first + stride... (count of them).
 
     ``initial`` holds the states before the first step, or with SPLIT those that enter every region. MERGE if outputs of
     several paths are added; COMPLETE if every path visits every token, so that the first path need not add and the last
-    one can finish the output.
+    one can finish the output. SIDE if there is a program and an output (B, K, L, D) for every path.
     """
     blocks = tl.cdiv(group_channels, BLOCK_D)
     group = tl.program_id(0) // blocks
     groups = channels // group_channels
     split = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
+    if SIDE:
+        b, first = b // K, (b % K).to(tl.int32)
     in_group = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     d = group * group_channels + in_group
     n = tl.arange(0, BLOCK_N)
     d_mask = in_group < group_channels
     state_mask = (n < N)[:, None] & d_mask[None, :]
-    cell = state_cells(n, d, channels, stride_N, BLOCK_N)
-    d_read = readable(d, channels, LANE)
+    cell = state_cells(n, d, stride_N)
+    d_read = readable(d, channels, 1)
+    d_tile = readable(d, channels, VECTOR)
+    pair = tl.arange(0, 2 * BLOCK_N)
     packed_l = groups * 2 * BLOCK_N
-    out_at = out + b * L * channels + d
+    out_at = out + tl.program_id(2).to(tl.int64) * L * channels + d_tile
     if HAS_Z:
-        z_at = z + b * z_b + d_read
+        z_at = z + b * z_b + d_tile
     if MERGE:
-        merged_at = merged + b * L * channels + d_read
+        merged_at = merged + b * L * channels + d_tile
 
     for i in range(count):
         k = first + i * stride
@@ -84,9 +91,9 @@ def scan_kernel(
         if HOLES:
             steps = tl.load(lengths + row)
         begin, end = region_of(split, region, steps, MIRRORED & backwards)
-        u_at = u + b * u_b + k * u_k + d_read
-        delta_at = delta + b * delta_b + k * delta_k + d_read
-        rows_of_packed = packed_row(packed + (path * L * groups + group) * 2 * BLOCK_N, BLOCK_N)
+        u_at = u + b * u_b + k * u_k + d_tile
+        delta_at = delta + b * delta_b + k * delta_k + d_tile
+        packed_at = packed + (path * L * groups + group) * 2 * BLOCK_N + pair
         A_k = tl.load(A + k * N * channels + cell, mask=state_mask, other=0.0).to(ACC) * LOG2E
         bias_k = tl.zeros([BLOCK_D], ACC)
         if HAS_BIAS:
@@ -99,74 +106,57 @@ def scan_kernel(
             h = tl.load(initial + (path * splits + split) * N * channels + cell, mask=state_mask, other=0.0)
         elif HAS_INITIAL:
             h = tl.load(initial + path * N * channels + cell, mask=state_mask, other=0.0).to(ACC)
-        finishes = k == K - 1
+        finishes = SIDE | (k == K - 1)
         adds = (k > 0) | (not COMPLETE)
         passes_on = (not finishes) | (not COMPLETE)
 
-        now = tokens_at(table, row, P, begin, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
-        soon = tokens_at(table, row, P, begin + UNROLL, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
-        u_t = rows_at(now, u_at, u_l, UNROLL, HOLES)
-        delta_t = rows_at(now, delta_at, delta_l, UNROLL, HOLES)
-        BC_t = rows_at(now, rows_of_packed, packed_l, UNROLL, HOLES)
-        if HAS_Z:
-            z_t = rows_at(now, z_at, z_l, UNROLL, HOLES)
-        if MERGE:
-            y_t = rows_at(now, merged_at, channels, UNROLL, HOLES)
-        for chunk in range(tl.cdiv(end - begin, CHUNK)):
-            chunk_begin = begin + chunk * CHUNK
+        # The rows of the next tiles come into shared memory while this one is computed.
+        for start in tl.range(begin, end, UNROLL, num_stages=STAGES):
             if SAVE:
-                saved = (path * chunks + split * (region // CHUNK) + chunk) * N
-                tl.store(states + saved * channels + cell, h, mask=state_mask)
-            for start in range(chunk_begin, tl.minimum(chunk_begin + CHUNK, end), UNROLL):
-                if WINDOW > 1:
-                    from_later = ()  # what C reads of the later steps of a window, for every step
-                    later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-                    for j in tl.static_range(UNROLL - 1, -1, -1):
-                        if (j + 1) % WINDOW == 0:
-                            later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-                        u_j = of_token(u_t[j], now[j], HOLES, ACC)
-                        delta_j = of_token(delta_t[j], now[j], HOLES, ACC)
-                        _, step = step_size(delta_j, bias_k, start + j < end, SOFTPLUS, COARSE)
-                        B_j, C_j = split_projections(BC_t[j])
-                        received = tl.exp2(step[None, :] * A_k) * later
-                        from_later = (tl.sum(received * C_j[:, None], 0),) + from_later
-                        later = received + tl.where(start + j < end, step * u_j, 0.0)[None, :] * B_j[:, None]
-                # The next steps' rows are on their way while these are computed. They are asked for all at once: a warp
-                # can tell only six groups of outstanding loads apart, and would wait for the last of a group.
-                u_next = rows_at(soon, u_at, u_l, UNROLL, HOLES)
-                delta_next = rows_at(soon, delta_at, delta_l, UNROLL, HOLES)
-                BC_next = rows_at(soon, rows_of_packed, packed_l, UNROLL, HOLES)
-                if HAS_Z:
-                    z_next = rows_at(soon, z_at, z_l, UNROLL, HOLES)
-                if MERGE:
-                    y_next = rows_at(soon, merged_at, channels, UNROLL, HOLES)
-                for j in tl.static_range(UNROLL):
-                    token = now[j]
-                    u_j = of_token(u_t[j], token, HOLES, ACC)
-                    delta_j = of_token(delta_t[j], token, HOLES, ACC)
-                    mask = d_mask & (start + j < end)
-                    if HOLES:
-                        mask = mask & (token >= 0)
-                    _, step = step_size(delta_j, bias_k, start + j < end, SOFTPLUS, COARSE)
+                chunk = (start - begin) // CHUNK
+                if (start - begin) % CHUNK == 0:
+                    saved = (path * chunks + split * (region // CHUNK) + chunk) * N
+                    tl.store(states + saved * channels + cell, h, mask=state_mask)
+            tokens = tokens_at(table, row, P, start, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
+            u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
+            delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
+            BC_t = rows_of(tile_at(tokens, packed_at, packed_l, HOLES))
+            if WINDOW > 1:
+                from_later = ()  # what C reads of the later steps of a window, for every step
+                later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                for j in tl.static_range(UNROLL - 1, -1, -1):
+                    if (j + 1) % WINDOW == 0:
+                        later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                    _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
                     B_j, C_j = split_projections(BC_t[j])
-                    h = tl.exp2(step[None, :] * A_k) * h + (step * u_j)[None, :] * B_j[:, None]
-                    y = tl.sum(h * C_j[:, None], 0) + D_k * u_j
-                    if WINDOW > 1:
-                        y += from_later[j]
-                    if MERGE:
-                        y += tl.where(adds, y_t[j], 0.0)
-                        tl.store(merged_at + token * channels, y, mask=mask & passes_on)
-                    if COMPLETE:
-                        if HAS_Z:
-                            z_j = z_t[j].to(ACC)
-                            y = y * z_j * sigmoid(z_j)
-                        tl.store(out_at + token * channels, y.to(out.dtype.element_ty), mask=mask & finishes)
-                now, u_t, delta_t, BC_t = soon, u_next, delta_next, BC_next
+                    received = tl.exp2(step[None, :] * A_k) * later
+                    from_later = (tl.sum(received * C_j[:, None], 0),) + from_later
+                    later = received + (step * u_t[j].to(ACC))[None, :] * B_j[:, None]
+            y_t = ()
+            for j in tl.static_range(UNROLL):
+                u_j = u_t[j].to(ACC)
+                _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
+                B_j, C_j = split_projections(BC_t[j])
+                h = tl.exp2(step[None, :] * A_k) * h + (step * u_j)[None, :] * B_j[:, None]
+                y = tl.sum(h * C_j[:, None], 0) + D_k * u_j
+                if WINDOW > 1:
+                    y += from_later[j]
+                y_t = y_t + (y,)
+
+            y = tile_of(y_t, UNROLL)
+            mask = d_mask[None, :] & (start + tl.arange(0, UNROLL) < end)[:, None]
+            if HOLES:
+                mask = mask & (tokens >= 0)[:, None]
+            if MERGE:
+                merged_to = merged_at[None, :] + tokens[:, None] * channels
+                y += tl.where(adds, tile_at(tokens, merged_at, channels, HOLES), 0.0)
+                tl.store(merged_to, y, mask=mask & passes_on)
+            if COMPLETE:
                 if HAS_Z:
-                    z_t = z_next
-                if MERGE:
-                    y_t = y_next
-                soon = tokens_at(table, row, P, start + 2 * UNROLL, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
+                    z_t = tile_at(tokens, z_at, z_l, HOLES).to(ACC)
+                    y = y * z_t * sigmoid(z_t)
+                out_to = out_at[None, :] + tokens[:, None] * channels
+                tl.store(out_to, y.to(out.dtype.element_ty), mask=mask & finishes)
         if not SPLIT:
             tl.store(last_state + path * N * channels + cell, h, mask=state_mask)
         tl.debug_barrier()
@@ -198,13 +188,15 @@ def forward(
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     chunks = num_chunks(steps) if save_states else 0
     complete = complete or paths is None
-    merge = K > 1 or not complete
+    side = side_by_side(u, A, z, complete)
+    merge = (K > 1 or not complete) and not side
     block = block_shape(N, channels // groups)
-    launches, splits, region = plan_launches(u, A, groups, paths, window)
+    launches, splits, region = plan_launches(u, A, groups, paths, window, side)
     reverse_mask = sum(1 << k for k in range(K) if reverse[k])
     orders = 1 if paths is None else paths.shape[0]
 
-    out = u.new_empty(batch, L, channels)
+    programs_of_batch = batch * K if side else batch
+    out = u.new_empty(programs_of_batch, L, channels)
     last_state = u.new_empty(batch, K, N, channels, dtype=dtype)
     # Chunks beyond the end of a short path are never reached, but an op's output must not be left to chance.
     states = (u.new_empty if complete else u.new_zeros)(batch, K, chunks, N, channels, dtype=dtype)
@@ -220,14 +212,14 @@ def forward(
     packed = pack_projections(B, C, dtype, block["BLOCK_N"])
     u_strides = (u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2))
     z_strides = (0, 0) if z is None else z.stride()[:2]
-    unroll = max(block.pop("UNROLL"), window)  # a window is walked backwards in registers
+    block["UNROLL"] = max(block["UNROLL"], window)  # a window is walked backwards in registers
+    common = dict(N=N, ACC=acc, **{name: block.pop(name) for name in ("BLOCK_N", "BLOCK_D", "num_warps")})
     scan = dict(
-        UNROLL=unroll, LANE=block.pop("LANE"), SOFTPLUS=delta_softplus, HAS_BIAS=delta_bias is not None,
-        HAS_TABLE=paths is not None, HOLES=not complete, COARSE=delta.dtype.itemsize == 2,
+        **block, SOFTPLUS=delta_softplus, HAS_BIAS=delta_bias is not None, HAS_TABLE=paths is not None,
+        HOLES=not complete, COARSE=delta.dtype.itemsize == 2,
         OFFSET=offset_type(L, u.stride(2), delta.stride(2), packed.stride(2), channels, z_strides[1]),
     )  # fmt: skip
-    common = dict(N=N, ACC=acc, **block)
-    blocks = groups * triton.cdiv(channels // groups, block["BLOCK_D"])
+    blocks = groups * triton.cdiv(channels // groups, common["BLOCK_D"])
     with device_guard(u.device):
         if splits > 1:
             initial, entering = entering, u.new_empty(batch, K, splits, N, channels, dtype=dtype)
@@ -237,20 +229,22 @@ def forward(
                 L, steps, K, orders, channels, channels, channels // groups, reverse_mask, region, splits,
                 *u_strides, *delta.stride()[:3], MIRRORED=launches[0].mirrored, **common, **scan,
             )  # fmt: skip
-            carry_kernel[(triton.cdiv(channels, block["BLOCK_D"]), batch * K)](
+            carry_kernel[(triton.cdiv(channels, common["BLOCK_D"]), batch * K)](
                 A, initial, entering, sums, last_state, K, splits, channels, channels, reverse_mask,
                 AHEAD=4, FROM_END=False, MIRRORED=launches[0].mirrored, HAS_INITIAL=initial is not None,
                 HAS_LAST=True, **common,
             )  # fmt: skip
         for launch in launches:
-            scan_kernel[(blocks, splits, batch)](
+            scan_kernel[(blocks, splits, programs_of_batch)](
                 u, delta, A, packed, D, z, delta_bias, entering, paths, lengths, out, merged, last_state, states,
                 L, steps, K, orders, launch.first, launch.stride, launch.count, channels, channels,
                 channels // groups, reverse_mask, chunks, region, splits, *u_strides, *delta.stride()[:3], *z_strides,
                 CHUNK=CHUNK, WINDOW=window, HAS_D=D is not None, HAS_Z=z is not None,
-                HAS_INITIAL=entering is not None, SPLIT=splits > 1, MIRRORED=launch.mirrored, SAVE=save_states,
-                MERGE=merge, COMPLETE=complete, **common, **scan,
+                HAS_INITIAL=entering is not None, SPLIT=splits > 1, SIDE=side, MIRRORED=launch.mirrored,
+                SAVE=save_states, MERGE=merge, COMPLETE=complete, **common, **scan,
             )  # fmt: skip
+    if side:
+        out = add_paths(out.view(batch, K, L, channels))
     if not complete:
         out = (merged if z is None else merged * torch.nn.functional.silu(z.to(dtype))).to(u.dtype)
     return out, last_state.transpose(2, 3), states

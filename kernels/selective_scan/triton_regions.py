@@ -6,6 +6,7 @@ gradient of the state ``region_gradient_kernel``), ``carry_kernel`` turns that i
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,19 +17,26 @@ from zoo.kernels.selective_scan.op import CHUNK
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
     block_shape,
-    of_token,
-    packed_row,
     readable,
     region_of,
-    rows_at,
+    rows_of,
     sigmoid,
-    split_projections,
     state_cells,
     step_size,
+    tile_at,
     tokens_at,
+    visited,
 )
 
-__all__ = ["Launch", "carry_kernel", "plan_launches", "region_gradient_kernel", "region_state_kernel"]
+__all__ = [
+    "Launch",
+    "carry_kernel",
+    "even_regions",
+    "plan_launches",
+    "region_gradient_kernel",
+    "region_state_kernel",
+    "side_by_side",
+]
 
 
 @dataclass(frozen=True)
@@ -41,42 +49,67 @@ class Launch:
     mirrored: bool
 
 
+def side_by_side(u: Tensor, A: Tensor, z: Tensor | None, complete: bool) -> bool:
+    """Whether every path has programs and an output of its own, and the outputs are added afterwards.
+
+    With few states memory is the limit. Adding to a wide sum path by path moves more of it than 16-bit outputs of all
+    paths do, and needs regions, and with them a first pass, to have programs enough.
+    """
+    K, _, N = A.shape
+    return K > 1 and N < 8 and complete and z is None and u.dtype != torch.float64
+
+
 def plan_launches(
-    u: Tensor, A: Tensor, groups: int, paths: Tensor | None, window: int
+    u: Tensor, A: Tensor, groups: int, paths: Tensor | None, window: int, side: bool
 ) -> tuple[list[Launch], int, int]:
     """How paths are shared among programs: the launches, regions per path, and steps per region.
 
-    One program walks all paths of its channels one after the other if there are programs enough to fill the device.
-    Otherwise paths are cut into regions of whole chunks, and a first pass finds the state that enters each of them.
+    One program walks all paths of its channels one after the other if there are programs enough to fill the device, or
+    one of them if they are side by side. Otherwise paths are cut into regions of whole chunks, and a first pass finds
+    the state that enters each of them.
 
     - From 8 states on, the arithmetic is the limit, and the first pass repeats half of it: paths are cut if there are
       fewer than 8 warps for every multiprocessor, into as many regions as make 16.
-    - With fewer states memory is: paths are cut into regions of 64 steps below 32 warps for every multiprocessor.
+    - With fewer states memory is, and more has to be on its way: paths are cut below 10 warps, to make 24.
 
     Programs of different regions must not add to the same tokens, so with regions every order of the grid has its own
-    launch. Paths that walk the same order from both ends share it, and find their sums in the cache.
+    launch, unless paths are side by side. Paths that walk the same order from both ends share it, and find their sums
+    in the cache.
     """
     batch, _, _, channels = u.shape
     K, _, N = A.shape
     steps = path_length(u, paths)
     block = block_shape(N, channels // groups)
-    block_n = block["BLOCK_N"]
-    programs = batch * groups * triton.cdiv(channels // groups, block["BLOCK_D"])
-    per_multiprocessor = programs * block["num_warps"] / multiprocessors(u.device)
-    most = max(1, steps // 64)
-    splits = 1
-    if block_n >= 8 and per_multiprocessor < 8:
-        splits = min(most, int(16 / per_multiprocessor))
-    elif block_n < 8 and per_multiprocessor < 32:
-        splits = most
+    programs = batch * groups * triton.cdiv(channels // groups, block["BLOCK_D"]) * (K if side else 1)
+    warps = programs * block["num_warps"] / multiprocessors(u.device)
+    fewest, wanted = (8, 16) if block["BLOCK_N"] >= 8 else (10, 24)
+    splits = max(1, min(steps // 64, int(wanted / warps))) if warps < fewest else 1
     region = triton.cdiv(triton.cdiv(steps, splits), CHUNK) * CHUNK
     splits = triton.cdiv(steps, region)
+    if side:
+        return [Launch(0, 1, 1, False)], splits, region
     if splits == 1:
         return [Launch(0, 1, K, False)], 1, region
     if window > 1:  # windows are counted from a path's first step, so regions have to be too, in either direction
         return [Launch(k, 1, 1, False) for k in range(K)], splits, region
     orders = 1 if paths is None else paths.shape[0]
     return [Launch(order, orders, K // orders, True) for order in range(orders)], splits, region
+
+
+def even_regions(items: int, places: int, steps: int) -> tuple[int, int]:
+    """Regions per path, and steps per region, that leave few places empty in the last round of a single path's items.
+
+    Only rounds filled to less than 70 % are worth the first pass over the regions.
+    """
+
+    def filled(splits: int) -> float:
+        return items * splits / (triton.cdiv(items * splits, places) * places)
+
+    splits = 1
+    if filled(1) < 0.7 and items > places:
+        splits = max(range(1, min(4, steps // 64) + 1), key=filled, default=1)
+    region = triton.cdiv(triton.cdiv(steps, splits), CHUNK) * CHUNK
+    return triton.cdiv(steps, region), region
 
 
 # In all kernels `stride_N` is `channels` again, hidden from Triton's divisibility analysis: see `block_shape`.
@@ -97,7 +130,7 @@ def carry_kernel(
     n = tl.arange(0, BLOCK_N)
     d_mask = d < channels
     mask = (n < N)[:, None] & d_mask[None, :]
-    cell = state_cells(n, d, channels, stride_N, BLOCK_N)
+    cell = state_cells(n, d, stride_N)
     A_k = tl.load(A + k * N * channels + cell, mask=mask, other=0.0).to(ACC) * LOG2E
     h = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     if HAS_INITIAL:
@@ -124,9 +157,10 @@ def region_state_kernel(
     u, delta, A, packed, bias, table, lengths, locals, sums,
     L, P, K, orders, channels, stride_N, group_channels, reverse_mask, region, splits,
     u_b, u_k, u_l, delta_b, delta_k, delta_l,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LANE: tl.constexpr, UNROLL: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr,
-    MIRRORED: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HOLES: tl.constexpr, MIRRORED: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
     """State after a region that starts from zero, and the sum of its step sizes."""
     blocks = tl.cdiv(group_channels, BLOCK_D)
@@ -140,18 +174,18 @@ def region_state_kernel(
     n = tl.arange(0, BLOCK_N)
     d_mask = in_group < group_channels
     state_mask = (n < N)[:, None] & d_mask[None, :]
-    cell = state_cells(n, d, channels, stride_N, BLOCK_N)
+    cell = state_cells(n, d, stride_N)
     row = k % orders
     steps = P
     if HOLES:
         steps = tl.load(lengths + row)
     backwards = (reverse_mask >> k) & 1 == 1
     begin, end = region_of(split, region, steps, MIRRORED & backwards)
-    d_read = readable(d, channels, LANE)
-    u_at = u + b * u_b + k * u_k + d_read
-    delta_at = delta + b * delta_b + k * delta_k + d_read
+    d_read, d_tile = readable(d, channels, 1), readable(d, channels, VECTOR)
+    u_at = u + b * u_b + k * u_k + d_tile
+    delta_at = delta + b * delta_b + k * delta_k + d_tile
     packed_l = groups * 2 * BLOCK_N
-    rows_of_packed = packed_row(packed + (path * L * groups + group) * 2 * BLOCK_N, BLOCK_N)
+    B_at = packed + (path * L * groups + group) * 2 * BLOCK_N + n
     A_k = tl.load(A + k * N * channels + cell, mask=state_mask, other=0.0).to(ACC) * LOG2E
     bias_k = tl.zeros([BLOCK_D], ACC)
     if HAS_BIAS:
@@ -159,24 +193,15 @@ def region_state_kernel(
     h = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     total = tl.zeros([BLOCK_D], ACC)
 
-    now = tokens_at(table, row, P, begin, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
-    soon = tokens_at(table, row, P, begin + UNROLL, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
-    u_t = rows_at(now, u_at, u_l, UNROLL, HOLES)
-    delta_t = rows_at(now, delta_at, delta_l, UNROLL, HOLES)
-    BC_t = rows_at(now, rows_of_packed, packed_l, UNROLL, HOLES)
-    for start in range(begin, end, UNROLL):
-        u_next = rows_at(soon, u_at, u_l, UNROLL, HOLES)
-        delta_next = rows_at(soon, delta_at, delta_l, UNROLL, HOLES)
-        BC_next = rows_at(soon, rows_of_packed, packed_l, UNROLL, HOLES)
+    for start in tl.range(begin, end, UNROLL, num_stages=STAGES):
+        tokens = tokens_at(table, row, P, start, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
+        u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
+        delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
+        B_t = rows_of(tile_at(tokens, B_at, packed_l, HOLES))
         for j in tl.static_range(UNROLL):
-            u_j = of_token(u_t[j], now[j], HOLES, ACC)
-            delta_j = of_token(delta_t[j], now[j], HOLES, ACC)
-            _, step = step_size(delta_j, bias_k, start + j < end, SOFTPLUS, COARSE)
+            _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
             total += step
-            B_j, _ = split_projections(BC_t[j])
-            h = tl.exp2(step[None, :] * A_k) * h + (step * u_j)[None, :] * B_j[:, None]
-        now, u_t, delta_t, BC_t = soon, u_next, delta_next, BC_next
-        soon = tokens_at(table, row, P, start + 2 * UNROLL, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
+            h = tl.exp2(step[None, :] * A_k) * h + (step * u_t[j].to(ACC))[None, :] * B_t[j][:, None]
     split_of_path = path * splits + split
     tl.store(locals + split_of_path * N * channels + cell, h, mask=state_mask)
     tl.store(sums + split_of_path * channels + d, total, mask=d_mask)
@@ -187,9 +212,10 @@ def region_gradient_kernel(
     delta, A, packed, z, bias, table, lengths, dout, locals, sums,
     L, P, K, orders, channels, stride_N, group_channels, reverse_mask, region, splits,
     delta_b, delta_k, delta_l, z_b, z_l, dout_b, dout_l,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LANE: tl.constexpr, UNROLL: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr,
-    MIRRORED: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HOLES: tl.constexpr, MIRRORED: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the state before a region, from the region's own outputs, and the sum of its step sizes."""
     blocks = tl.cdiv(group_channels, BLOCK_D)
@@ -203,19 +229,19 @@ def region_gradient_kernel(
     n = tl.arange(0, BLOCK_N)
     d_mask = in_group < group_channels
     state_mask = (n < N)[:, None] & d_mask[None, :]
-    cell = state_cells(n, d, channels, stride_N, BLOCK_N)
+    cell = state_cells(n, d, stride_N)
     row = k % orders
     steps = P
     if HOLES:
         steps = tl.load(lengths + row)
     backwards = (reverse_mask >> k) & 1 == 1
     begin, end = region_of(split, region, steps, MIRRORED & backwards)
-    d_read = readable(d, channels, LANE)
-    delta_at = delta + b * delta_b + k * delta_k + d_read
-    dout_at = dout + b * dout_b + d_read
+    d_read, d_tile = readable(d, channels, 1), readable(d, channels, VECTOR)
+    delta_at = delta + b * delta_b + k * delta_k + d_tile
+    dout_at = dout + b * dout_b + d_tile
     if HAS_Z:
-        z_at = z + b * z_b + d_read
-    rows_of_packed = packed_row(packed + (path * L * groups + group) * 2 * BLOCK_N, BLOCK_N)
+        z_at = z + b * z_b + d_tile
+    C_at = packed + ((path * L * groups + group) * 2 + 1) * BLOCK_N + n
     packed_l = groups * 2 * BLOCK_N
     A_k = tl.load(A + k * N * channels + cell, mask=state_mask, other=0.0).to(ACC) * LOG2E
     bias_k = tl.zeros([BLOCK_D], ACC)
@@ -228,34 +254,21 @@ def region_gradient_kernel(
     turned = backwards == 0
     left = steps - end
     end = steps - begin
-    now = tokens_at(table, row, P, left, end, steps, turned, UNROLL, HAS_TABLE, OFFSET)
-    soon = tokens_at(table, row, P, left + UNROLL, end, steps, turned, UNROLL, HAS_TABLE, OFFSET)
-    delta_t = rows_at(now, delta_at, delta_l, UNROLL, HOLES)
-    dout_t = rows_at(now, dout_at, dout_l, UNROLL, HOLES)
-    BC_t = rows_at(now, rows_of_packed, packed_l, UNROLL, HOLES)
-    if HAS_Z:
-        z_t = rows_at(now, z_at, z_l, UNROLL, HOLES)
-    for start in range(left, end, UNROLL):
-        delta_next = rows_at(soon, delta_at, delta_l, UNROLL, HOLES)
-        dout_next = rows_at(soon, dout_at, dout_l, UNROLL, HOLES)
-        BC_next = rows_at(soon, rows_of_packed, packed_l, UNROLL, HOLES)
+    for start in tl.range(left, end, UNROLL, num_stages=STAGES):
+        tokens = tokens_at(table, row, P, start, end, steps, turned, UNROLL, HAS_TABLE, OFFSET)
+        dout_t = rows_of(visited(tile_at(tokens, dout_at, dout_l, HOLES), tokens, HOLES))
+        delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
+        C_t = rows_of(tile_at(tokens, C_at, packed_l, HOLES))
         if HAS_Z:
-            z_next = rows_at(soon, z_at, z_l, UNROLL, HOLES)
+            z_t = rows_of(tile_at(tokens, z_at, z_l, HOLES))
         for j in tl.static_range(UNROLL):
-            dy = of_token(dout_t[j], now[j], HOLES, ACC)
+            dy = tl.where(start + j < end, dout_t[j].to(ACC), 0.0)
             if HAS_Z:
                 z_j = z_t[j].to(ACC)
                 dy = dy * z_j * sigmoid(z_j)
-            dy = tl.where(start + j < end, dy, 0.0)
-            delta_j = of_token(delta_t[j], now[j], HOLES, ACC)
-            _, step = step_size(delta_j, bias_k, start + j < end, SOFTPLUS, COARSE)
+            _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
             total += step
-            _, C_j = split_projections(BC_t[j])
-            future = (future + C_j[:, None] * dy[None, :]) * tl.exp2(step[None, :] * A_k)
-        now, delta_t, dout_t, BC_t = soon, delta_next, dout_next, BC_next
-        if HAS_Z:
-            z_t = z_next
-        soon = tokens_at(table, row, P, start + 2 * UNROLL, end, steps, turned, UNROLL, HAS_TABLE, OFFSET)
+            future = (future + C_t[j][:, None] * dy[None, :]) * tl.exp2(step[None, :] * A_k)
     split_of_path = path * splits + split
     tl.store(locals + split_of_path * N * channels + cell, future, mask=state_mask)
     tl.store(sums + split_of_path * channels + d, total, mask=d_mask)

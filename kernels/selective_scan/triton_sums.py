@@ -1,39 +1,64 @@
 """Sums over channels and over programs in the backward of the selective scan."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["add_partials_kernel", "channel_sums"]
+from zoo.kernels._triton import device_guard
+
+__all__ = ["add_partials_kernel", "add_paths", "channel_sums", "pair_selector"]
 
 
 @triton.jit
-def lane_rows(x):
+def lane_rows(x, COARSE: tl.constexpr):
     """x (16, D), a channel to a lane, as (D / 2, 32): the left operand of a matrix product, as the lanes hold it.
 
-    Nothing moves. Of a product of 16 rows, lane l holds rows l / 4 and l / 4 + 8 in columns l % 4 + 4 i. State n goes
-    to half n % 2 of the rows and to columns 4 (n / 2) to 4 (n / 2) + 3.
+    Nothing moves. Of a product of 16 rows, lane l holds rows l / 4 and l / 4 + 8, and of every 8 columns l % 4 and
+    l % 4 + 4; or 2 (l % 4) and 2 (l % 4) + 1, which Triton chooses if 16-bit numbers went into x. State n goes to half
+    n % 2 of the rows.
     """
-    x = tl.reshape(x, (8, 2, x.shape[1] // 4, 4))  # (n / 2, n % 2, quad, lane of the quad)
-    return tl.reshape(tl.permute(x, (1, 2, 0, 3)), (x.shape[2] * 2, 32))
+    QUADS: tl.constexpr = x.shape[1] // 4
+    if COARSE:
+        x = tl.reshape(x, (4, 2, 2, QUADS, 4))  # (n / 4, n / 2 % 2, n % 2, quad, lane of the quad)
+        x = tl.permute(x, (2, 3, 0, 4, 1))
+    else:
+        x = tl.reshape(x, (8, 2, QUADS, 4))  # (n / 2, n % 2, quad, lane of the quad)
+        x = tl.permute(x, (1, 2, 0, 3))
+    return tl.reshape(x, (QUADS * 2, 32))
 
 
 @triton.jit
-def channel_sums(x, selector, EXACT: tl.constexpr):
-    """Sums over the channels of x (16, D), (16,), a quarter of the way on the matrix unit.
+def pair_selector(COARSE: tl.constexpr):
+    """Right operand (32, 8) that adds the lanes of a quad: column n / 2 takes what is of states n and n + 1."""
+    k = tl.arange(0, 32)
+    pair = k // 4
+    if COARSE:
+        pair = k // 8 * 2 + k % 2
+    return (pair[:, None] == tl.arange(0, 8)[None, :]).to(tl.float32)
+
+
+@triton.jit
+def channel_sums(x, selector, MATRIX: tl.constexpr, COARSE: tl.constexpr):
+    """Sums over the channels of x (R, D), (R,); if MATRIX, with R = 16, a quarter of the way on the matrix unit.
 
     Exchanging values between lanes is the slowest way to add them: all of a multiprocessor's warps share one unit for
-    it, and this takes 12 exchanges instead of 80. The matrix unit reads float32 as tf32, with 11 bits; EXACT splits
-    what it reads into two such parts.
+    it, and this takes 12 exchanges instead of 80. The matrix unit reads float32 as tf32, with 11 bits; unless COARSE,
+    what it reads is split into two such parts.
     """
-    rows = lane_rows(x)
-    if EXACT:
-        high = (rows.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        sums = tl.dot(rows - high, selector, input_precision="tf32")
-        sums = tl.dot(high, selector, sums, input_precision="tf32")
+    if not MATRIX:
+        sums = tl.sum(x, 1)
     else:
-        sums = tl.dot(rows, selector, input_precision="tf32")
-    sums = tl.sum(tl.reshape(sums, (2, sums.shape[0] // 2, 8)), 1)
-    return tl.reshape(tl.permute(sums, (1, 0)), (16,))
+        rows = lane_rows(x, COARSE)
+        if COARSE:
+            sums = tl.dot(rows, selector, input_precision="tf32")
+        else:
+            high = (rows.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            sums = tl.dot(rows - high, selector, input_precision="tf32")
+            sums = tl.dot(high, selector, sums, input_precision="tf32")
+        sums = tl.sum(tl.reshape(sums, (2, sums.shape[0] // 2, 8)), 1)
+        sums = tl.reshape(tl.permute(sums, (1, 0)), (16,))
+    return sums
 
 
 @triton.jit
@@ -54,3 +79,25 @@ def add_partials_kernel(
     to = row[:, None] * N + n[None, :]
     tl.store(dB + to, sum_B.to(dB.dtype.element_ty), mask=mask)
     tl.store(dC + to, sum_C.to(dC.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_paths_kernel(x, y, numbers, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum over K of x (B, K, numbers), to y (B, numbers)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(1).to(tl.int64)
+    mask = at < numbers
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        total += tl.load(x + (b * K + k) * numbers + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + b * numbers + at, total.to(y.dtype.element_ty), mask=mask)
+
+
+def add_paths(x: Tensor) -> Tensor:
+    """Sum over the paths of x (B, K, L, D), contiguous and not float64: (B, L, D)."""
+    batch, K, L, channels = x.shape
+    y = torch.empty(batch, L, channels, dtype=x.dtype, device=x.device)
+    block = 1024
+    with device_guard(x.device):
+        add_paths_kernel[(triton.cdiv(L * channels, block), batch)](x, y, L * channels, K=K, BLOCK=block, num_warps=4)
+    return y
