@@ -1,0 +1,286 @@
+"""What hierarchical backbones of the VMamba kind are built of: stems, reductions, blocks and stages.
+
+Source: Liu et al., "VMamba: Visual State Space Model", arXiv 2401.10166, section 4.3. Maps are channels-last,
+(B, H, W, C).
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models import checkpoint, register_notrace_function
+from torch import Tensor, nn
+
+__all__ = [
+    "ConvReduction",
+    "ConvStem",
+    "NormLayer",
+    "PatchMerging",
+    "PatchStem",
+    "Reduction",
+    "Stem",
+    "VSSBlock",
+    "VSSStage",
+    "make_norm",
+    "make_reduction",
+    "make_stem",
+]
+
+NormLayer = Literal["layernorm", "batchnorm"]
+Stem = Literal["patch", "conv"]
+Reduction = Literal["merge", "conv2x2", "conv3x3"]
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of maps (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to map (B, H, W, C)."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last views
+
+
+def make_norm(
+    kind: NormLayer, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Norm of maps (B, H, W, dim) by name.
+
+    Raises:
+        ValueError: If there is no such norm.
+    """
+    if kind not in get_args(NormLayer):
+        raise ValueError(f"norm_layer={kind!r} is not known; use one of {', '.join(get_args(NormLayer))}")
+    return (nn.LayerNorm if kind == "layernorm" else BatchNorm)(dim, eps=1e-5, device=device, dtype=dtype)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Convolves a map (B, H, W, C) through channels-last views."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PatchStem(nn.Module):
+    """One projection of patches; rows and columns that fill no patch are left out.
+
+    Args:
+        in_chans: Image channels.
+        dim: Channels C of the map.
+        patch_size: Patch side in pixels.
+        norm_layer: See :func:`make_norm`.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int = 4,
+        norm_layer: NormLayer = "layernorm",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
+        self.norm1 = make_norm(norm_layer, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) to a map (B, H // patch, W // patch, C)."""
+        return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
+
+
+class ConvStem(nn.Module):
+    """Two overlapping 3x3 convolutions.
+
+    Args:
+        in_chans: Image channels.
+        dim: Channels C of the map, even.
+        patch_size: Pixels to a cell of the map: 4, 2 or 1.
+        norm_layer: See :func:`make_norm`.
+
+    Raises:
+        ValueError: If ``patch_size`` is not one of the above.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int = 4,
+        norm_layer: NormLayer = "layernorm",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if patch_size not in (1, 2, 4):
+            raise ValueError(f"patch_size={patch_size} is not possible with a convolutional stem; use 4, 2 or 1")
+        strides = (min(patch_size, 2), max(patch_size // 2, 1))
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, strides[0], padding=1, **dd)
+        self.norm1 = make_norm(norm_layer, dim // 2, **dd)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, strides[1], padding=1, **dd)
+        self.norm2 = make_norm(norm_layer, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) to a map (B, ceil(H / patch), ceil(W / patch), C)."""
+        x = F.gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        return self.norm2(_convolve(self.conv2, x))
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _pad_to_even(x: Tensor) -> Tensor:
+    """Zero-pads a map (B, H, W, C) at the bottom and the right to even sizes."""
+    bottom, right = x.shape[1] % 2, x.shape[2] % 2
+    if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
+        return x
+    return F.pad(x, (0, 0, 0, right, 0, bottom))
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours in a row, normed and projected (Swin's reduction); odd sizes are padded.
+
+    Args:
+        dim: Channels C of the input.
+        out_dim: Channels of the output.
+        norm_layer: See :func:`make_norm`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        norm_layer: NormLayer = "layernorm",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = make_norm(norm_layer, 4 * dim, **dd)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to map (B, ceil(H / 2), ceil(W / 2), out_dim)."""
+        x = _pad_to_even(x).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))  # (B, H / 2, row, W / 2, column, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # neighbours in the published order: rows within columns
+        return self.reduction(self.norm(x))
+
+
+class ConvReduction(nn.Module):
+    """Strided convolution and norm.
+
+    Args:
+        dim: Channels C of the input.
+        out_dim: Channels of the output.
+        size: Side of the kernel: 3, padded, so that odd sizes round up, or 2, so that they round down.
+        norm_layer: See :func:`make_norm`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        size: int = 3,
+        norm_layer: NormLayer = "layernorm",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, size, 2, padding=(size - 1) // 2, **dd)
+        self.norm = make_norm(norm_layer, out_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to a map of half the size and ``out_dim`` channels."""
+        return self.norm(_convolve(self.conv, x))
+
+
+def make_stem(
+    kind: Stem,
+    in_chans: int,
+    dim: int,
+    patch_size: int,
+    norm_layer: NormLayer,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Stem by name: :class:`PatchStem` or :class:`ConvStem`.
+
+    Raises:
+        ValueError: If there is no such stem.
+    """
+    if kind not in get_args(Stem):
+        raise ValueError(f"stem={kind!r} is not known; use one of {', '.join(get_args(Stem))}")
+    stem = PatchStem if kind == "patch" else ConvStem
+    return stem(in_chans, dim, patch_size, norm_layer, device=device, dtype=dtype)
+
+
+def make_reduction(
+    kind: Reduction,
+    dim: int,
+    out_dim: int,
+    norm_layer: NormLayer,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Reduction between stages by name: :class:`PatchMerging`, or :class:`ConvReduction` of size 2 or 3.
+
+    Raises:
+        ValueError: If there is no such reduction.
+    """
+    if kind not in get_args(Reduction):
+        raise ValueError(f"downsample={kind!r} is not known; use one of {', '.join(get_args(Reduction))}")
+    if kind == "merge":
+        return PatchMerging(dim, out_dim, norm_layer, device, dtype)
+    return ConvReduction(dim, out_dim, 2 if kind == "conv2x2" else 3, norm_layer, device, dtype)
+
+
+class VSSBlock(nn.Module):
+    """Residual mixer and, if there is one, residual MLP, each on a normed map.
+
+    Args:
+        norm: Norm before the mixer.
+        mixer: Mixer of maps.
+        norm2: Norm before the MLP.
+        mlp: Network of every cell.
+        drop_path: Probability that a sample skips a residual branch during training.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        mixer: nn.Module,
+        norm2: nn.Module | None = None,
+        mlp: nn.Module | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm, self.mixer, self.norm2, self.mlp = norm, mixer, norm2, mlp
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to map (B, H, W, C)."""
+        x = x + self.drop_path(self.mixer(self.norm(x)))
+        if self.mlp is None:
+            return x
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class VSSStage(nn.Module):
+    """Reduction, in all stages but the first, and blocks.
+
+    Args:
+        blocks: Blocks.
+        downsample: Reduction.
+    """
+
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to the stage's map."""
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        return x
