@@ -21,6 +21,7 @@ from zoo.kernels.registration import accumulate_dtype, path_length
 from zoo.kernels.selective_scan.op import CHUNK, num_chunks
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
+    PLAIN_NUMBERS,
     block_shape,
     offset_type,
     pack_projections,
@@ -65,7 +66,7 @@ def add_to_slot(slot, x, mask, ADDS: tl.constexpr):
 
 
 # Hiding the alignment of `scratch` keeps one channel to a lane, like `stride_N` does, with offsets known beforehand.
-@triton.jit(do_not_specialize=["stride_N"], do_not_specialize_on_alignment=["scratch"])
+@triton.jit(do_not_specialize=PLAIN_NUMBERS, do_not_specialize_on_alignment=["scratch"])
 def scan_gradient_kernel(
     u, delta, A, packed, D, z, bias, table, lengths, states, dout, entering,
     du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch, window_sums,

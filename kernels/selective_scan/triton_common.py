@@ -9,6 +9,7 @@ from zoo.kernels._triton import device_guard
 
 __all__ = [
     "LOG2E",
+    "PLAIN_NUMBERS",
     "block_shape",
     "exp_of_minus_abs",
     "log1p_of_unit",
@@ -33,6 +34,12 @@ __all__ = [
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Arguments whose value shall not make Triton compile a kernel anew, as it does for 1 and for multiples of 16, such as
+# lengths and numbers of paths. Among them ``stride_N``, which is the number of channels: see ``block_shape``.
+PLAIN_NUMBERS = (
+    "L", "P", "K", "orders", "first", "stride", "count", "stride_N", "reverse_mask", "chunks", "region", "splits",
+    "batch", "items",
+)  # fmt: skip
 
 
 @triton.jit

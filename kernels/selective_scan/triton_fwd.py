@@ -17,6 +17,7 @@ from zoo.kernels.registration import accumulate_dtype, path_length
 from zoo.kernels.selective_scan.op import CHUNK, num_chunks
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
+    PLAIN_NUMBERS,
     block_shape,
     offset_type,
     pack_projections,
@@ -41,7 +42,7 @@ __all__ = ["forward"]
 
 
 # In all kernels `stride_N` is `channels` again, hidden from Triton's divisibility analysis: see `block_shape`.
-@triton.jit(do_not_specialize=["stride_N"])
+@triton.jit(do_not_specialize=PLAIN_NUMBERS)
 def scan_kernel(
     u, delta, A, packed, D, z, bias, initial, table, lengths, out, merged, last_state, states,
     L, P, K, orders, first, stride, count, channels, stride_N, group_channels, reverse_mask, chunks, region, splits,

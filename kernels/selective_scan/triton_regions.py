@@ -16,6 +16,7 @@ from zoo.kernels.registration import path_length
 from zoo.kernels.selective_scan.op import CHUNK
 from zoo.kernels.selective_scan.triton_common import (
     LOG2E,
+    PLAIN_NUMBERS,
     block_shape,
     readable,
     region_of,
@@ -113,7 +114,7 @@ def even_regions(items: int, places: int, steps: int) -> tuple[int, int]:
 
 
 # In all kernels `stride_N` is `channels` again, hidden from Triton's divisibility analysis: see `block_shape`.
-@triton.jit(do_not_specialize=["stride_N"])
+@triton.jit(do_not_specialize=PLAIN_NUMBERS)
 def carry_kernel(
     A, initial, locals, sums, last, K, splits, channels, stride_N, reverse_mask,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, FROM_END: tl.constexpr,
@@ -152,7 +153,7 @@ def carry_kernel(
         tl.store(last + path * N * channels + cell, h, mask=mask)
 
 
-@triton.jit(do_not_specialize=["stride_N"])
+@triton.jit(do_not_specialize=PLAIN_NUMBERS)
 def region_state_kernel(
     u, delta, A, packed, bias, table, lengths, locals, sums,
     L, P, K, orders, channels, stride_N, group_channels, reverse_mask, region, splits,
@@ -207,7 +208,7 @@ def region_state_kernel(
     tl.store(sums + split_of_path * channels + d, total, mask=d_mask)
 
 
-@triton.jit(do_not_specialize=["stride_N"])
+@triton.jit(do_not_specialize=PLAIN_NUMBERS)
 def region_gradient_kernel(
     delta, A, packed, z, bias, table, lengths, dout, locals, sums,
     L, P, K, orders, channels, stride_N, group_channels, reverse_mask, region, splits,
