@@ -167,7 +167,8 @@ def _runner(family: str) -> ModuleType | None:
 def _compare(name: str, case: Case, actual: Mapping[str, Tensor]) -> Report:
     """Compares all expected tensors with what the family's file returned."""
     rtol, atol = case.spec["tolerance"]["rtol"], case.spec["tolerance"]["atol"]
-    tolerance = f"rtol {rtol:g} atol {atol:g}"
+    of_scale = "relative to the tensor scale" in case.spec["tolerance"].get("note", "")
+    tolerance = f"rtol {rtol:g} atol {atol:g}{'*max' if of_scale else ''}"
     if case.dtype.itemsize < 4:
         tolerance = f"rtol {SIXTEEN_BIT_TOLERANCE:g} atol {SIXTEEN_BIT_TOLERANCE:g}*max"
     missing = sorted(set(case.expected) - set(actual))
@@ -181,18 +182,23 @@ def _compare(name: str, case: Case, actual: Mapping[str, Tensor]) -> Report:
             return Report(name, False, None, tolerance, f"{key} has shape {shapes}")
         expected = expected.to(torch.float64)
         error = (given - expected).abs()
-        used = (error / _allowed(key, expected, rtol, atol, case.dtype)).max().nan_to_num(float("inf")).item()
+        used = (error / _allowed(key, expected, rtol, atol, of_scale, case.dtype)).max().nan_to_num(float("inf")).item()
         max_error = max(max_error, error.max().nan_to_num(float("inf")).item())
         if used > most_used:
             most_used, worst = used, key
     return Report(name, most_used <= 1, max_error, tolerance, f"{most_used:.1%} used by {worst}")
 
 
-def _allowed(key: str, expected: Tensor, rtol: float, atol: float, dtype: torch.dtype) -> Tensor:
-    """Error allowed at every element. Gradients are long sums, so theirs is relative to the largest one."""
+def _allowed(key: str, expected: Tensor, rtol: float, atol: float, of_scale: bool, dtype: torch.dtype) -> Tensor:
+    """Error allowed at every element. Gradients are long sums, so theirs is relative to the largest one.
+
+    With ``of_scale``, so is that of other tensors, if their largest entry is above 1.
+    """
     largest = expected.abs().max()
     if dtype.itemsize < 4:
         rtol, atol = SIXTEEN_BIT_TOLERANCE, SIXTEEN_BIT_TOLERANCE * largest
     elif key.startswith("grad."):
         atol = rtol * largest
+    elif of_scale:
+        atol = atol * largest.clamp(min=1)
     return (rtol * expected.abs() + atol).clamp(min=1e-30)  # where everything is 0, so must the error be
