@@ -127,14 +127,6 @@ class ConvStem(nn.Module):
 
 @torch.fx.wrap
 @register_notrace_function
-def _pad_to_even(x: Tensor) -> Tensor:
-    """Zero-pads a map (B, H, W, C) at the bottom and the right to even sizes."""
-    bottom, right = x.shape[1] % 2, x.shape[2] % 2
-    if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
-        return x
-    return F.pad(x, (0, 0, 0, right, 0, bottom))
-
-
 class PatchMerging(nn.Module):
     """Four neighbours in a row, normed and projected (Swin's reduction); odd sizes are padded.
 
@@ -159,7 +151,12 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to map (B, ceil(H / 2), ceil(W / 2), out_dim)."""
-        x = _pad_to_even(x).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))  # (B, H / 2, row, W / 2, column, C)
+        B, H, W, C = x.shape
+        h, w = (H + 1) // 2, (W + 1) // 2  # not remainders: symbolic sizes would grow with every stage
+        bottom, right = 2 * h - H, 2 * w - W
+        if not (isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0):
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = x.reshape(B, h, 2, w, 2, C)  # (B, h, row, w, column, C)
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # neighbours in the published order: rows within columns
         return self.reduction(self.norm(x))
 
