@@ -14,6 +14,23 @@ FOLDERS = {
     "zoo.tools": "tools",
 }
 
+# mmengine 0.10 uses what Python 3.14 no longer has, and distutils, which comes with setuptools from Python 3.12 on.
+# mmsegmentation accepts mmcv below 2.2 only, and needs ftfy and regex to be imported.
+SEGMENTATION_FRAMEWORKS = [
+    "segmentation-models-pytorch>=0.6",
+    *(
+        f"{requirement}; python_version < '3.14'"
+        for requirement in (
+            "ftfy>=6.1",
+            "mmcv-lite>=2.1,<2.2",
+            "mmengine>=0.10.7,<1.0",
+            "mmsegmentation>=1.2.2,<2.0",
+            "regex",
+            "setuptools",
+        )
+    ),
+]
+
 EXTRAS = {
     "train": [
         "accelerate>=1.2",
@@ -24,7 +41,7 @@ EXTRAS = {
         "torchmetrics>=1.4",
         "tqdm>=4.66",
     ],
-    "seg": ["albumentations>=2.0", "torchmetrics>=1.4"],
+    "seg": ["albumentations>=2.0", "torchmetrics>=1.4", *SEGMENTATION_FRAMEWORKS],
     "det": ["albumentations>=2.0", "pycocotools>=2.0.8"],
     "vlm": ["open-clip-torch>=2.30", "transformers>=4.57"],
     "cpu": ["numba>=0.60"],  # compiled loops: scans on CPUs are several times faster
@@ -34,6 +51,7 @@ EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement
 EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["cpu"],
+    *SEGMENTATION_FRAMEWORKS,
     "pre-commit>=3.7",
     "pytest>=8.0",
     "pytest-xdist>=3.6",
