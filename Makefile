@@ -7,7 +7,7 @@ DATA ?= digits
 OUT ?= runs/demo_$(DATA)
 SHORT ?=
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-contract lint format bench clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/pytest -n 2
+
+# timm's own tests on every model: minutes, and the network once
+test-contract: $(VENV)/.installed
+	$(RUN) tests/timm_contract.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
@@ -45,6 +44,7 @@ from zoo.backbones.layers.multi_scale import MultiScaleMixer, resize_global_bias
 from zoo.backbones.layers.position import record_input_size
 from zoo.backbones.layers.ss2d import DepthwiseConv
 from zoo.backbones.layers.vss import make_norm
+from zoo.registry import build_model_with_cfg
 
 __all__ = ["A2Mamba"]
 

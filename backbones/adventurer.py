@@ -27,7 +27,6 @@ from timm.layers import (
     calculate_drop_path_rates,
 )
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     register_model,
 )
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
 from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.ssd import SSDMixer, stack_ssd_parameters
-from zoo.registry import packaged_weights
+from zoo.registry import build_model_with_cfg, packaged_weights
 
 __all__ = ["Adventurer"]
 

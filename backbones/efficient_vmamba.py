@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ from zoo.backbones.layers.ss2d import SS2D, Projected, from_authors_name
 from zoo.backbones.layers.vss import PatchStem, Reduction, VSSStage, make_reduction
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.memory import remember_tables
+from zoo.registry import build_model_with_cfg
 
 __all__ = ["EfficientVMamba"]
 

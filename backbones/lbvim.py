@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AttentionPoolLatent, get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones.layers.class_token import ClassToken
 from zoo.backbones.layers.columnar import FeatureSource, fit_checkpoint
 from zoo.backbones.vim import VisionMamba, rename_upstream
+from zoo.registry import build_model_with_cfg
 
 __all__ = ["LBVim"]
 
@@ -56,7 +57,7 @@ class LBVim(VisionMamba):
         d_conv: Taps of the convolution.
         expand: Inner width as a multiple of ``embed_dim``.
         dt_rank: Rank of the step projection; default ceil(embed_dim / 16).
-        window: Steps of a window of the scan, a power of two up to 32: a token also sees the later ones of its window.
+        window: Steps of a window of the scan, a power of two up to 16: a token also sees the later ones of its window.
             None for the published choice by sequence length: 4 up to 128 tokens, 8 up to 256, else 16; 1 for plain
             scans. Windows start where a block starts to read.
         alternate: Whether every second block reads the tokens from the last to the first.

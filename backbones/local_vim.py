@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, apply_rot_embed, calculate_drop_path_rates
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     register_model,
     register_notrace_module,
@@ -40,6 +39,7 @@ from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.position import resample_pos_embed, rotary_table
 from zoo.backbones.scans.local import Route, check_direction, local_routes
 from zoo.kernels import causal_conv1d, selective_scan
+from zoo.registry import build_model_with_cfg
 
 __all__ = ["LocalVim"]
 
@@ -98,7 +98,7 @@ class LocalMixer(nn.Module):
         expand: Inner width E as a multiple of ``dim``.
         dt_rank: Rank R of the step projection; default ceil(dim / 16).
         class_token: Whether a class token stands in the middle of the tokens.
-        lb_window: Steps of a locally bidirectional window, a power of two up to 32; 1 for plain scans.
+        lb_window: Steps of a locally bidirectional window, a power of two up to 16; 1 for plain scans.
 
     Raises:
         ValueError: If a direction or ``lb_window`` is not one of the above.
@@ -121,8 +121,8 @@ class LocalMixer(nn.Module):
         super().__init__()
         for direction in directions:
             check_direction(direction)
-        if lb_window < 1 or 32 % lb_window:
-            raise ValueError(f"lb_window={lb_window} is not known; use a power of two up to 32, or 1 for plain scans")
+        if lb_window < 1 or 16 % lb_window:
+            raise ValueError(f"lb_window={lb_window} is not known; use a power of two up to 16, or 1 for plain scans")
         inner, K = expand * dim, len(directions)
         rank = dt_rank or math.ceil(dim / 16)
         self.directions = tuple(directions)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.backbones.layers.columnar import unwrap_checkpoint
@@ -34,6 +34,7 @@ from zoo.backbones.local_vim import ChannelAttention
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.local import check_direction
 from zoo.backbones.vmamba import convert_upstream
+from zoo.registry import build_model_with_cfg
 
 __all__ = ["LocalVMamba"]
 

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, DropPath, LayerNorm2d, LayerScale, LayerScale2d, Mlp, calculate_drop_path_rates
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 from zoo.backbones.layers.columnar import unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone, drop_absent_parts
 from zoo.kernels import causal_conv1d, selective_scan
+from zoo.registry import build_model_with_cfg
 
 __all__ = ["MambaVision"]
 

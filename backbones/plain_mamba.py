@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     register_model,
     register_notrace_function,
@@ -38,6 +37,7 @@ from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore
 from zoo.backbones.scans.memory import remember_tables
 from zoo.backbones.scans.snake import SNAKE_MOVES, snake, snake_moves
 from zoo.kernels import selective_scan
+from zoo.registry import build_model_with_cfg
 
 __all__ = ["PlainMamba"]
 
@@ -67,7 +67,7 @@ class SnakeMixer(nn.Module):
         dt_rank: Rank R of the step projection; default ceil(dim / 16).
         pairing: Whether step p of every path takes step size, B and C of token p in raster order (``"position"``, as
             released) or those of the token it visits (``"token"``).
-        lb_window: Steps of a locally bidirectional window, a power of two up to 32; 1 for plain scans.
+        lb_window: Steps of a locally bidirectional window, a power of two up to 16; 1 for plain scans.
 
     Raises:
         ValueError: If ``pairing`` or ``lb_window`` is not one of the above.
@@ -89,8 +89,8 @@ class SnakeMixer(nn.Module):
         super().__init__()
         if pairing not in get_args(Pairing):
             raise ValueError(f"pairing={pairing!r} is not known; use one of {', '.join(get_args(Pairing))}")
-        if lb_window < 1 or 32 % lb_window:
-            raise ValueError(f"lb_window={lb_window} is not known; use a power of two up to 32, or 1 for plain scans")
+        if lb_window < 1 or 16 % lb_window:
+            raise ValueError(f"lb_window={lb_window} is not known; use a power of two up to 16, or 1 for plain scans")
         inner = expand * dim
         rank = dt_rank or math.ceil(dim / 16)
         self.splits = [rank, d_state, d_state]

@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from zoo.backbones.layers.class_token import ClassToken
 from zoo.backbones.layers.columnar import fit_checkpoint
 from zoo.backbones.layers.position import resample_pos_embed
 from zoo.backbones.vim import NORM_LAYERS, VisionMamba, rename_upstream
+from zoo.registry import build_model_with_cfg
 
 __all__ = ["ShuffleMamba", "ShuffleMambaReg", "split_registers", "spread_registers"]
 

@@ -29,7 +29,6 @@ from timm.layers import (
     calculate_drop_path_rates,
 )
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     register_model,
 )
@@ -44,7 +43,7 @@ from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore
 from zoo.backbones.layers.mamba import Directions, MambaMixer, Merge, stack_mixer_parameters
 from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.position import rotary_table
-from zoo.registry import packaged_weights
+from zoo.registry import build_model_with_cfg, packaged_weights
 
 __all__ = ["VisionMamba"]
 
@@ -124,7 +123,7 @@ class VisionMamba(ColumnarBackbone):
         paired_blocks: Whether blocks work in pairs on the same stream, the second one on the flipped sequence.
         alternate: Whether every second block reads the tokens from the last to the first.
         lb_window: Steps of a locally bidirectional window in the scans (LBMamba, arXiv 2506.15976), a power of two up
-            to 32: 1 for none, None for the published choice by sequence length.
+            to 16: 1 for none, None for the published choice by sequence length.
         class_token: Place of the class token(s) in the sequence, or None.
         pos_embed: Whether a learned position embedding is added.
         rope: Whether 2D rotary embedding turns the tokens before every block.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import GluMlp, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones.layers.columnar import unwrap_checkpoint
@@ -40,6 +40,7 @@ from zoo.backbones.layers.vss import (
     make_reduction,
     make_stem,
 )
+from zoo.registry import build_model_with_cfg
 
 __all__ = ["VMamba"]
 

@@ -1,12 +1,8 @@
-"""PlainMamba: every option trains, any image size runs, the timm interface holds, the scans see what they should."""
-
-import copy
+"""PlainMamba: every option trains, any image size runs, the scans see what they should."""
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_layer_decay
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.backbones.plain_mamba import PlainMamba, SnakeMixer, checkpoint_filter_fn, from_upstream
@@ -152,94 +148,6 @@ def test_hot_path_neither_permutes_nor_copies_activations():
         assert computing == sorted(expected)
 
 
-def test_sixteen_bit_model():
-    model = make().eval()
-    images = torch.randn(2, 3, 32, 48)
-    expected = model(images)
-    logits = copy.deepcopy(model).to(torch.bfloat16)(images.bfloat16())
-    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
-    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = model(images)
-    torch.testing.assert_close(mixed.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
-    assert copy.deepcopy(model).double()(images.double()).dtype == torch.float64
-
-
-def test_evaluation_before_training():
-    """Tables made in inference mode serve autograd too."""
-    model = make()
-    images = torch.randn(2, 3, 56, 88)
-    with torch.inference_mode():
-        model.eval()(images)
-    model.train()(images).sum().backward()
-
-
-def test_gradient_checkpointing_changes_nothing():
-    model, images = make(), torch.randn(2, 3, 32, 32)
-    grads = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(images).square().sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    torch.testing.assert_close(grads[0], grads[1])
-
-
-def test_intermediates_agree_with_forward():
-    model = make(feature_norms=(0,)).eval()
-    images = torch.randn(2, 3, 32, 48)
-    with torch.no_grad():
-        tokens = model.forward_features(images)
-        final, features = model.forward_intermediates(images, norm=True, output_fmt="NLC")
-        _, plain = model.forward_intermediates(images, norm=False)
-    torch.testing.assert_close(final, tokens)
-    torch.testing.assert_close(features[2], tokens)
-    assert len(features) == len(model.feature_info) == 3
-    assert plain[1].shape == (2, 32, 4, 6)
-    torch.testing.assert_close(model.norm(plain[1].flatten(2).transpose(1, 2)), features[1])
-    torch.testing.assert_close(plain[0].flatten(2).transpose(1, 2), features[0])  # its own norm either way
-    assert (features[0].mean(-1).abs() < 1e-5).all()
-    with pytest.raises(ValueError, match="NHWC"):
-        model.forward_intermediates(images, output_fmt="NHWC")
-
-
-def test_pruned_model_gives_the_same_intermediates():
-    model = make(feature_norms=(0, 1, 2)).eval()
-    images = torch.randn(1, 3, 32, 32)
-    expected = model.forward_intermediates(images, [0, 1], intermediates_only=True)
-    early = model.forward_intermediates(images, [0, 1], intermediates_only=True, stop_early=True)
-    torch.testing.assert_close(early, expected)
-    assert model.prune_intermediate_layers([0, 1], prune_norm=True) == [0, 1]
-    assert len(model.blocks) == len(model.feature_info) == len(model.feature_norms) == 2
-    features = model.forward_intermediates(images, [0, 1], intermediates_only=True)
-    torch.testing.assert_close(features, expected)
-    sum(f.square().sum() for f in features).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
-
-
-def test_features_only_through_timm():
-    model = timm.create_model("plain_mamba_nano", features_only=True, out_indices=(1, 3), depth=6, embed_dim=32)
-    features = model(torch.randn(1, 3, 22, 36))
-    assert [f.shape for f in features] == [(1, 32, 11, 18)] * 2
-    assert model.feature_info.reduction() == [2, 2]
-
-
-def test_nano_is_small():
-    model = timm.create_model("plain_mamba_nano", device="meta")
-    assert sum(p.numel() for p in model.parameters()) <= 3e6
-
-
-def test_classifier_can_be_replaced():
-    model = make().to(torch.bfloat16).eval()
-    model.reset_classifier(0)
-    images = torch.randn(2, 3, 32, 32).bfloat16()
-    assert model(images).shape == (2, model.head_hidden_size)
-    model.reset_classifier(7)
-    assert model(images).shape == (2, 7)
-    assert model.get_classifier().weight.dtype == torch.bfloat16
-    assert not model.head.training
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_meta_model_is_initialised_after_to_empty(options):
     with torch.device("meta"):
@@ -261,17 +169,8 @@ def test_initial_step_sizes():
     assert step.min() >= 1e-3 * 0.99 and step.max() <= 0.1 * 1.01
 
 
-def test_weight_decay_and_layer_decay_groups():
-    model = make(feature_norms=(0,))
-    names = {name for name, _ in model.named_parameters()}
-    exempt = model.no_weight_decay()
-    assert exempt <= names
-    assert {"pos_embed", *(f"blocks.1.mixer.{leaf}" for leaf in ("A_log", "D", "dt_bias", "direction_B"))} <= exempt
-    groups = param_groups_layer_decay(model, 0.1, exempt, layer_decay=0.5)
-    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    scales = [scale[id(p)] for p in (model.pos_embed, model.blocks[0].mixer.D, model.blocks[1].mixer.D)]
-    assert scales == sorted(scales) and len(set(scales)) == 3
-    assert scale[id(model.norm.weight)] < scale[id(model.head.weight)] == 1
+def test_weight_decay_spares_the_directions():
+    assert "blocks.1.mixer.direction_B" in make().no_weight_decay()
 
 
 @pytest.mark.parametrize(
@@ -317,25 +216,3 @@ def test_upstream_arguments_are_checked():
         from_upstream("PlainMamba", dict(layer_cfgs=dict(use_rms_norm=True)))
     with pytest.raises(ValueError, match="FancyMamba"):
         from_upstream("FancyMamba", {})
-
-
-def test_compiles_to_one_graph_and_exports():
-    model = make(dwconv_blocks=(0,)).eval()
-    images = torch.randn(2, 3, 32, 32)
-    expected = model(images)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), expected)
-    auto = torch.export.Dim.AUTO
-    with torch.no_grad():  # for training the scan saves states, whose number a graph fixes to one or to several
-        exported = torch.export.export(model, (images,), dynamic_shapes=({0: auto, 2: auto, 3: auto},)).module()
-    torch.testing.assert_close(exported(images), expected)
-    others = torch.randn(3, 3, 72, 56)
-    torch.testing.assert_close(exported(others), model(others))
-
-
-def test_fx_feature_extraction():
-    model = make().eval()
-    images = torch.randn(2, 3, 32, 32)
-    extractor = timm.models.create_feature_extractor(model, {"blocks.1": "tokens", "head": "logits"})
-    extracted = extractor(images)
-    torch.testing.assert_close(extracted["logits"], model(images))
-    assert extracted["tokens"].shape == (2, 16, 32)

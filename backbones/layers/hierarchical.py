@@ -145,7 +145,11 @@ class HierarchicalBackbone(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map to logits (B, num_classes), or to the pooled feature with ``pre_logits``."""
         x = self.head_drop(self.pool(x))
-        return x if pre_logits else self.head(x)
+        if pre_logits or self.num_classes == 0:
+            return x
+        if self.global_pool == "" and not self.channels_last:
+            return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # the logits of every cell
+        return self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, C, H, W) to logits (B, num_classes)."""
@@ -171,7 +175,8 @@ class HierarchicalBackbone(nn.Module):
             intermediates_only: Whether to return the intermediates without the final map.
 
         Returns:
-            Intermediates, or (final map as from ``forward_features``, intermediates).
+            Intermediates, or (final map as from ``forward_features``, intermediates); the final map is that of the last
+            chosen stage, without norm, if ``stop_early`` skipped stages.
 
         Raises:
             ValueError: If ``output_fmt`` is not one of the above.
@@ -186,7 +191,10 @@ class HierarchicalBackbone(nn.Module):
             if index in take_indices:
                 feature = self._normed_feature(index, x, norm)
                 intermediates.append(self._in_format(feature, output_fmt))
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        if intermediates_only:
+            return intermediates
+        complete = not stop_early or last == len(self.stages) - 1
+        return (self.norm(x) if complete else x), intermediates
 
     def _normed_feature(self, index: int, feature: Tensor, norm: bool) -> Tensor:
         if str(index) in self.feature_norms:
@@ -207,21 +215,24 @@ class HierarchicalBackbone(nn.Module):
 
         Args:
             indices: As in :meth:`forward_intermediates`.
-            prune_norm: Whether the final norm goes too.
-            prune_head: Whether the classifier goes too.
+            prune_norm: Whether the final norm goes too; it does if the last stage goes.
+            prune_head: Whether the classifier goes too; it does if the last stage goes.
 
         Returns:
             The indices of the chosen stages.
         """
         take_indices, last = feature_take_indices(len(self.stages), indices)
+        cut = last < len(self.stages) - 1  # norm and classifier have the width of a stage that goes
         self.stages = self.stages[: last + 1]
         self.dims, self.strides = self.dims[: last + 1], self.strides[: last + 1]
         self._set_feature_info()
         for index in set(self.feature_norms) - {str(index) for index in take_indices}:
             del self.feature_norms[index]
-        if prune_norm:
+        if prune_norm or cut:
             self.norm = nn.Identity()
-        if prune_head:
+        if cut:
+            self.num_features = self.head_hidden_size = self.dims[-1]
+        if prune_head or cut:
             self.reset_classifier(0, "")
         return take_indices
 

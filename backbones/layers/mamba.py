@@ -69,7 +69,7 @@ class MambaMixer(nn.Module):
         merge: Whether the paths' outputs are averaged or added.
         layer_scale: Initial value of a learned factor per channel on the output; default none.
         window: Steps of a locally bidirectional window on every path (LBMamba, arXiv 2506.15976), a power of two up to
-            32; 1 for a plain scan, None for :func:`local_window` of the sequence's length.
+            16; 1 for a plain scan, None for :func:`local_window` of the sequence's length.
 
     Raises:
         ValueError: If ``directions``, ``merge`` or ``window`` is not one of the above.
@@ -96,8 +96,8 @@ class MambaMixer(nn.Module):
             raise ValueError(f"directions={directions!r} is not known; use one of {', '.join(REVERSE)} or a number")
         if merge not in get_args(Merge):
             raise ValueError(f"merge={merge!r} is not known; use one of {', '.join(get_args(Merge))}")
-        if window is not None and (window < 1 or 32 % window):
-            raise ValueError(f"window={window} is not known; use a power of two up to 32, or None")
+        if window is not None and (window < 1 or 16 % window):
+            raise ValueError(f"window={window} is not known; use a power of two up to 16, or None")
         inner = expand * dim
         rank = dt_rank or math.ceil(dim / 16)
         backwards = (False,) * directions if isinstance(directions, int) else REVERSE[directions]

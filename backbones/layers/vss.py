@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import checkpoint, register_notrace_function
+from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 __all__ = [
@@ -125,8 +125,7 @@ class ConvStem(nn.Module):
         return self.norm2(_convolve(self.conv2, x))
 
 
-@torch.fx.wrap
-@register_notrace_function
+@register_notrace_module
 class PatchMerging(nn.Module):
     """Four neighbours in a row, normed and projected (Swin's reduction); odd sizes are padded.
 
