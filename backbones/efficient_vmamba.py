@@ -29,6 +29,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
+from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.columnar import unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone, drop_absent_parts
 from zoo.backbones.layers.ss2d import SS2D, Projected, from_authors_name
@@ -101,33 +102,6 @@ class AtrousSS2D(SS2D):
         return Projected(delta.unsqueeze(1).expand(-1, K, -1, -1), B.transpose(1, 2), C.transpose(1, 2))
 
 
-class SqueezeGate(nn.Module):
-    """Weighs channels by what the cells of a map have in common, looked at through a layer norm.
-
-    Args:
-        dim: Channels C.
-        ratio: Width of the hidden layer as a multiple of ``dim``.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        ratio: float = 0.125,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.reduce = nn.Linear(dim, int(dim * ratio), **dd)
-        self.select = nn.Linear(int(dim * ratio), dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to the weights of its channels (B, 1, 1, C), 0 to 1."""
-        common = self.norm(x).mean((1, 2), keepdim=True)
-        return torch.sigmoid(self.select(F.gelu(self.reduce(common))))
-
-
 class EVSSBlock(nn.Module):
     """A scan and a convolution of the same normed map, weighed by one gate and added (section 4.2).
 
@@ -162,7 +136,7 @@ class EVSSBlock(nn.Module):
             nn.GELU(),
             nn.Conv2d(dim, dim, 1, **dd),
         )
-        self.gate = SqueezeGate(dim, **dd)
+        self.gate = ChannelAttention(dim, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd) if mlp_ratio > 0 else None
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -33,10 +33,12 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.position import resample_pos_embed, rotary_table
+from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.scans.local import Route, check_direction, local_routes
 from zoo.kernels import causal_conv1d, selective_scan
 from zoo.registry import build_model_with_cfg
@@ -47,33 +49,6 @@ torch.fx.wrap("resample_pos_embed")  # single nodes for FX in this file too
 torch.fx.wrap("rotary_table")
 
 NORM_LAYERS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
-
-
-class ChannelAttention(nn.Module):
-    """Weighs channels by what the tokens have in common (BiAttn, section 3.3 of the paper).
-
-    Args:
-        dim: Channels E.
-        reduction: How many times narrower the hidden layer is.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        reduction: int = 8,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.reduce = nn.Linear(dim, dim // reduction, **dd)
-        self.select = nn.Linear(dim // reduction, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, E) to the weights of their channels (B, 1, E), 0 to 1."""
-        common = self.norm(x).mean(dim=1, keepdim=True)  # (B, 1, E)
-        return torch.sigmoid(self.select(F.gelu(self.reduce(common))))
 
 
 def _crop(x: Tensor, length: int) -> Tensor:
@@ -121,8 +96,7 @@ class LocalMixer(nn.Module):
         super().__init__()
         for direction in directions:
             check_direction(direction)
-        if lb_window < 1 or 16 % lb_window:
-            raise ValueError(f"lb_window={lb_window} is not known; use a power of two up to 16, or 1 for plain scans")
+        check_window(lb_window)
         inner, K = expand * dim, len(directions)
         rank = dt_rank or math.ceil(dim / 16)
         self.directions = tuple(directions)
@@ -148,11 +122,8 @@ class LocalMixer(nn.Module):
         nn.init.uniform_(self.conv_bias, -(taps**-0.5), taps**-0.5)
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
         nn.init.uniform_(self.dt_proj_weight, -(rank**-0.5), rank**-0.5)
-        with torch.no_grad():
-            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
-            states = torch.arange(1, self.A_log.shape[-1] + 1, device=self.A_log.device, dtype=self.A_log.dtype)
-            self.A_log.copy_(states.log().expand_as(self.A_log))
+        init_steps(self.dt_bias)
+        init_decays(self.A_log)
         nn.init.ones_(self.D)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -173,11 +144,10 @@ class LocalMixer(nn.Module):
         """Input and gate (B, P, E) to the gated output of direction k, (B, P, E)."""
         u = self._convolve(x, k, route)
         dt, B, C = F.linear(u, self.x_proj_weight[k]).split(self.splits, dim=-1)  # (B, P, R or N)
-        A_log = self.A_log[k].to(torch.promote_types(self.A_log.dtype, torch.float32))  # 16 bits are too coarse for exp
         return selective_scan(
             u,
             F.linear(dt, self.dt_proj_weight[k]),
-            -torch.exp(A_log),
+            negative_exp(self.A_log[k]),
             B,
             C,
             self.D[k],

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.columnar import unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone, drop_absent_parts
+from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.kernels import causal_conv1d, selective_scan
 from zoo.registry import build_model_with_cfg
 
@@ -76,8 +77,7 @@ class MambaVisionMixer(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if lb_window < 1 or 16 % lb_window:
-            raise ValueError(f"lb_window={lb_window} is not known; use a power of two up to 16, or 1 for plain scans")
+        check_window(lb_window)
         if expand * dim % 2:
             raise ValueError(f"dim={dim} times expand={expand} must be even, to be halved")
         half = expand * dim // 2
@@ -100,11 +100,8 @@ class MambaVisionMixer(nn.Module):
         """Steps log-uniform in [0.001, 0.1], A = -1..-N, D = 1; taps as torch's convolutions."""
         taps = self.conv_weight.shape[-1]
         nn.init.uniform_(self.conv_weight, -(taps**-0.5), taps**-0.5)
-        with torch.no_grad():
-            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
-            states = torch.arange(1, self.A_log.shape[-1] + 1, device=self.A_log.device, dtype=self.A_log.dtype)
-            self.A_log.copy_(states.log().expand_as(self.A_log))
+        init_steps(self.dt_bias)
+        init_decays(self.A_log)
         nn.init.ones_(self.D)
 
     def init_special(self) -> None:
@@ -119,11 +116,10 @@ class MambaVisionMixer(nn.Module):
         x = causal_conv1d(x, self.conv_weight, activation="silu")[:, self.ahead :]
         u, z = x.chunk(2, dim=-1)  # (B, L, E), views
         dt, B, C = self.x_proj(u).split(self.splits, dim=-1)  # (B, L, R or N)
-        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))  # 16 bits are too coarse for exp
         y = selective_scan(
             u,
             self.dt_proj(dt),
-            -torch.exp(A_log),
+            negative_exp(self.A_log),
             B,
             C,
             self.D,

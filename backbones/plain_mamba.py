@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
+from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.scans.memory import remember_tables
 from zoo.backbones.scans.snake import SNAKE_MOVES, snake, snake_moves
 from zoo.kernels import selective_scan
@@ -89,8 +90,7 @@ class SnakeMixer(nn.Module):
         super().__init__()
         if pairing not in get_args(Pairing):
             raise ValueError(f"pairing={pairing!r} is not known; use one of {', '.join(get_args(Pairing))}")
-        if lb_window < 1 or 16 % lb_window:
-            raise ValueError(f"lb_window={lb_window} is not known; use a power of two up to 16, or 1 for plain scans")
+        check_window(lb_window)
         inner = expand * dim
         rank = dt_rank or math.ceil(dim / 16)
         self.splits = [rank, d_state, d_state]
@@ -115,11 +115,8 @@ class SnakeMixer(nn.Module):
                 nn.init.zeros_(layer.bias)
         bound = self.dt_proj.in_features**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        with torch.no_grad():
-            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
-            states = torch.arange(1, self.A_log.shape[-1] + 1, device=self.A_log.device, dtype=self.A_log.dtype)
-            self.A_log.copy_(states.log().expand_as(self.A_log))
+        init_steps(self.dt_bias)
+        init_decays(self.A_log)
         nn.init.ones_(self.D)
         trunc_normal_(self.direction_B, std=0.02)
 
@@ -135,11 +132,10 @@ class SnakeMixer(nn.Module):
         parameters = parameters[:, steps] if self.pairing == "position" else parameters.unsqueeze(1)
         dt, B, C = parameters.split(self.splits, dim=-1)  # (B, K or 1, L, R or N)
         B = B + self.direction_B.to(B.dtype)[moves]  # (B, K, L, N)
-        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))  # 16 bits are too coarse for exp
         y = selective_scan(
             u,
             self.dt_proj(dt).expand(-1, K, -1, -1),
-            -torch.exp(A_log).expand(K, -1, -1),
+            negative_exp(self.A_log).expand(K, -1, -1),
             B,
             C.expand(-1, K, -1, -1),
             self.D.expand(K, -1),

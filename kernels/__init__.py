@@ -6,7 +6,16 @@ G groups of channels that share B and C, K scan paths, P steps of a path, W widt
 
 from zoo.kernels._backend import Backend, backend, use_backend
 from zoo.kernels.causal_conv1d import causal_conv1d
-from zoo.kernels.selective_scan import selective_scan, selective_scan_fn
+from zoo.kernels.selective_scan import LARGEST_WINDOW, selective_scan, selective_scan_fn
 from zoo.kernels.ssd import ssd
 
-__all__ = ["Backend", "backend", "causal_conv1d", "selective_scan", "selective_scan_fn", "ssd", "use_backend"]
+__all__ = [
+    "LARGEST_WINDOW",
+    "Backend",
+    "backend",
+    "causal_conv1d",
+    "selective_scan",
+    "selective_scan_fn",
+    "ssd",
+    "use_backend",
+]

@@ -12,7 +12,8 @@ import torch
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from zoo.kernels import causal_conv1d, selective_scan
+from zoo.backbones.layers.recurrence import init_decays, init_steps, negative_exp
+from zoo.kernels import LARGEST_WINDOW, causal_conv1d, selective_scan
 
 __all__ = ["Directions", "MambaMixer", "Merge", "local_window", "stack_mixer_parameters"]
 
@@ -96,8 +97,8 @@ class MambaMixer(nn.Module):
             raise ValueError(f"directions={directions!r} is not known; use one of {', '.join(REVERSE)} or a number")
         if merge not in get_args(Merge):
             raise ValueError(f"merge={merge!r} is not known; use one of {', '.join(get_args(Merge))}")
-        if window is not None and (window < 1 or 16 % window):
-            raise ValueError(f"window={window} is not known; use a power of two up to 16, or None")
+        if window is not None and (window < 1 or LARGEST_WINDOW % window):
+            raise ValueError(f"window={window} is not known; use a power of two up to {LARGEST_WINDOW}, or None")
         inner = expand * dim
         rank = dt_rank or math.ceil(dim / 16)
         backwards = (False,) * directions if isinstance(directions, int) else REVERSE[directions]
@@ -129,11 +130,8 @@ class MambaMixer(nn.Module):
         nn.init.uniform_(self.conv_bias, -(taps**-0.5), taps**-0.5)
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
         nn.init.uniform_(self.dt_proj_weight, -(rank**-0.5), rank**-0.5)
-        with torch.no_grad():
-            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
-            states = torch.arange(1, self.A_log.shape[-1] + 1, device=self.A_log.device, dtype=self.A_log.dtype)
-            self.A_log.copy_(states.log().expand_as(self.A_log))
+        init_steps(self.dt_bias)
+        init_decays(self.A_log)
         nn.init.ones_(self.D)
         if self.gamma is not None:
             nn.init.constant_(self.gamma, self.layer_scale_init)
@@ -161,11 +159,10 @@ class MambaMixer(nn.Module):
             t.unflatten(1, (batch, length)).transpose(0, 1).expand(-1, K, -1, -1)  # (B, K, L, E or N), views
             for t in (delta, projected[1], projected[2])
         )
-        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))  # 16 bits are too coarse for exp
         y = selective_scan(
             u,
             delta,
-            -torch.exp(A_log),
+            negative_exp(self.A_log),
             B,
             C,
             self.D.expand(K, -1),

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from zoo.backbones.layers.recurrence import init_steps
 from zoo.kernels import ssd
 
 __all__ = ["Mamba3Mixer", "Mamba3State", "mamba3_scan"]
@@ -221,9 +222,7 @@ class Mamba3Mixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """The published initialisation: steps log-uniform in [0.001, 0.1]; D, biases and norms 1; ranks share x."""
-        with torch.no_grad():
-            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        init_steps(self.dt_bias)
         for parameter in (self.B_bias, self.C_bias, self.D, self.mimo_z, self.norm_weight):
             if parameter is not None:
                 nn.init.ones_(parameter)

@@ -13,6 +13,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.backbones.layers.neighborhood import neighborhood_aggregate, neighborhood_maps
+from zoo.backbones.layers.recurrence import init_steps, negative_exp
 from zoo.backbones.layers.ss2d import DepthwiseConv
 from zoo.backbones.layers.vss import make_norm
 from zoo.backbones.scans.memory import remember_tables
@@ -110,9 +111,7 @@ class AttentionAugmentedSSM(nn.Module):
         nn.init.kaiming_uniform_(self.x_proj.weight, a=5**0.5)
         bound = self.dt_proj.in_features**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        with torch.no_grad():
-            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        init_steps(self.dt_bias)
         nn.init.zeros_(self.A_log)
         nn.init.ones_(self.D)
 
@@ -121,11 +120,9 @@ class AttentionAugmentedSSM(nn.Module):
         x = F.silu(self.conv(x))
         u = x.flatten(1, 2)
         dt, B, C = self.x_proj(u).split(self.splits, dim=-1)
-        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))  # 16 bits are too coarse for exp
         # Read by ones, the scan's output is its single state.
-        states = selective_scan(
-            u, self.dt_proj(dt), -torch.exp(A_log), B, torch.ones_like(B), None, None, self.dt_bias, delta_softplus=True
-        )
+        A, ones = negative_exp(self.A_log), torch.ones_like(B)
+        states = selective_scan(u, self.dt_proj(dt), A, B, ones, delta_bias=self.dt_bias, delta_softplus=True)
         if maps is not None:
             states = self._gather(states.view(x.shape), maps).flatten(1, 2)
         dtype = self.D.dtype  # float32 inside autocast too

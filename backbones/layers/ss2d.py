@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.scans import scan_paths
 from zoo.kernels import selective_scan, ssd
 
@@ -57,17 +58,6 @@ def _check(name: str, value: str | None, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, choices))}")
 
 
-def _init_steps(bias: Tensor) -> None:
-    """Step biases such that steps are log-uniform in [0.001, 0.1]."""
-    with torch.no_grad():
-        step = bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-        bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
-
-
-def _negative_exp(A_log: Tensor) -> Tensor:
-    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))  # 16 bits are too coarse for exp
-
-
 class SelectivePaths(nn.Module):
     """Selective scans along K paths, each with its own parameters, that all read the same tokens.
 
@@ -96,8 +86,7 @@ class SelectivePaths(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if lb_window < 1 or 16 % lb_window:
-            raise ValueError(f"lb_window={lb_window} is not known; use 2, 4, 8 or 16, or 1 for plain scans")
+        check_window(lb_window)
         self.splits = [dt_rank, d_state, d_state]
         self.lb_window = lb_window
         self.x_proj_weight = nn.Parameter(torch.empty(paths, sum(self.splits), dim, **dd))
@@ -112,10 +101,8 @@ class SelectivePaths(nn.Module):
         dim, rank = self.dt_proj_weight.shape[1:]
         nn.init.uniform_(self.x_proj_weight, -(dim**-0.5), dim**-0.5)
         nn.init.uniform_(self.dt_proj_weight, -(rank**-0.5), rank**-0.5)
-        _init_steps(self.dt_bias)
-        with torch.no_grad():
-            states = torch.arange(1, self.A_log.shape[-1] + 1, device=self.A_log.device, dtype=self.A_log.dtype)
-            self.A_log.copy_(states.log().expand_as(self.A_log))
+        init_steps(self.dt_bias)
+        init_decays(self.A_log)
         nn.init.ones_(self.D)
 
     def project(self, u: Tensor, only: slice = slice(None)) -> Projected:
@@ -144,7 +131,7 @@ class SelectivePaths(nn.Module):
         return selective_scan(
             u,
             projected.delta,
-            _negative_exp(self.A_log[only]),
+            negative_exp(self.A_log[only]),
             projected.B,
             projected.C,
             self.D[only],
@@ -201,7 +188,7 @@ class SSDPaths(nn.Module):
         """The initialisation of Mamba-2: steps log-uniform in [0.001, 0.1], -A uniform in [1, 16], D = 1."""
         bound = self.x_proj_weight.shape[-1] ** -0.5
         nn.init.uniform_(self.x_proj_weight, -bound, bound)
-        _init_steps(self.dt_bias)
+        init_steps(self.dt_bias)
         with torch.no_grad():
             self.A_log.uniform_(1, 16).log_()
         nn.init.ones_(self.D)
@@ -218,7 +205,7 @@ class SSDPaths(nn.Module):
         y = ssd(
             u.unflatten(2, (heads, width)),
             dt,
-            _negative_exp(self.A_log),
+            negative_exp(self.A_log),
             B,
             C,
             dt_bias=self.dt_bias,

@@ -15,7 +15,6 @@ All of them project to the same rows here, ``z | x | B | C | dt``; loaders put o
 direction is a flag of the kernels.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from zoo.backbones.layers.recurrence import init_steps, negative_exp
 from zoo.kernels import causal_conv1d, ssd
 
 __all__ = ["Decay", "MixerNorm", "SSDMixer", "SSDState", "stack_ssd_parameters"]
@@ -172,8 +172,7 @@ class SSDMixer(nn.Module):
         nn.init.uniform_(self.conv_bias, -bound, bound)
         with torch.no_grad():
             if self.dt_bias is not None:
-                step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-                self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+                init_steps(self.dt_bias)
             if self.A_log is not None:
                 self.A_log.uniform_(1, 16).log_()
         for parameter in (self.D, self.norm_weight):
@@ -220,8 +219,8 @@ class SSDMixer(nn.Module):
             bias, softplus = self.dt_bias[k], True
         if self.decay == "unit":
             A = -torch.ones(self.heads, device=dt.device, dtype=torch.promote_types(dt.dtype, torch.float32))
-        elif self.decay == "learned":  # 16 bits are too coarse for exp
-            A = -torch.exp(self.A_log[k].to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        elif self.decay == "learned":
+            A = negative_exp(self.A_log[k])
         y, last_state = ssd(
             x,
             dt,

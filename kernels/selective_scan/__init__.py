@@ -20,9 +20,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zoo.kernels.selective_scan import op  # noqa: F401  (registers torch.ops.zoo.selective_scan)
+from zoo.kernels.selective_scan import op  # also registers torch.ops.zoo.selective_scan
 
-__all__ = ["selective_scan", "selective_scan_fn"]
+__all__ = ["LARGEST_WINDOW", "selective_scan", "selective_scan_fn"]
+
+LARGEST_WINDOW = op.CHUNK  # steps; a window lies in one of the chunks that a scan works through
 
 
 def selective_scan(

@@ -1,0 +1,36 @@
+"""Attention over channels: LocalMamba's BiAttn (arXiv 2403.09338, section 3.3) and EfficientVMamba's gate."""
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+__all__ = ["ChannelAttention"]
+
+
+@register_notrace_module
+class ChannelAttention(nn.Module):
+    """Weighs channels by what the tokens of a sequence, or the cells of a map, have in common.
+
+    Args:
+        dim: Channels C.
+        reduction: How many times narrower the hidden layer is.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        reduction: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.reduce = nn.Linear(dim, dim // reduction, **dd)
+        self.select = nn.Linear(dim // reduction, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, C) or a map (B, H, W, C) to the weights of the channels, (B, 1, C) or (B, 1, 1, C), 0 to 1."""
+        common = self.norm(x).mean(tuple(range(1, x.dim() - 1)), keepdim=True)
+        return torch.sigmoid(self.select(F.gelu(self.reduce(common))))
