@@ -38,8 +38,8 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones.layers.columnar import unwrap_checkpoint
-from zoo.backbones.layers.hierarchical import HierarchicalBackbone, drop_absent_parts
+from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
+from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.multi_scale import MultiScaleMixer, resize_global_bias
 from zoo.backbones.layers.position import record_input_size
 from zoo.backbones.layers.ss2d import DepthwiseConv
@@ -366,9 +366,10 @@ class A2Mamba(HierarchicalBackbone):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As in the base class; the projection belongs to the head."""
+        """As in the base class; the projection belongs to the head, and reads the last stage."""
+        stages = len(self.stages)
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if prune_head:
+        if prune_head or len(self.stages) < stages:
             self.projection = nn.Identity()
             self.num_features = self.head_hidden_size = self.dims[-1]
         return take_indices

@@ -32,7 +32,8 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
+from zoo.backbones.layers.backbone import unwrap_checkpoint
+from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint
 from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.ssd import SSDMixer, stack_ssd_parameters
 from zoo.registry import build_model_with_cfg, packaged_weights

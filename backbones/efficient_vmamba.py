@@ -29,9 +29,9 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
+from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
-from zoo.backbones.layers.columnar import unwrap_checkpoint
-from zoo.backbones.layers.hierarchical import HierarchicalBackbone, drop_absent_parts
+from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.ss2d import SS2D, Projected, from_authors_name
 from zoo.backbones.layers.vss import PatchStem, Reduction, VSSStage, make_reduction
 from zoo.backbones.scans import scan_paths

@@ -33,8 +33,9 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from zoo.backbones.layers.backbone import unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
-from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
+from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.position import resample_pos_embed, rotary_table

@@ -26,9 +26,9 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
+from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
-from zoo.backbones.layers.columnar import unwrap_checkpoint
-from zoo.backbones.layers.hierarchical import HierarchicalBackbone, drop_absent_parts
+from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.ss2d import DepthwiseConv, Projected, SelectivePaths
 from zoo.backbones.layers.vss import PatchMerging, PatchStem, VSSBlock, VSSStage
 from zoo.backbones.scans import scan_paths

@@ -36,8 +36,8 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones.layers.columnar import unwrap_checkpoint
-from zoo.backbones.layers.hierarchical import HierarchicalBackbone, drop_absent_parts
+from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
+from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.kernels import causal_conv1d, selective_scan
 from zoo.registry import build_model_with_cfg

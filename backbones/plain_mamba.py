@@ -32,7 +32,8 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
+from zoo.backbones.layers.backbone import unwrap_checkpoint
+from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.scans.memory import remember_tables
@@ -345,9 +346,7 @@ class PlainMamba(ColumnarBackbone):
             needs_reset: Whether the layers' own initialisation runs first, as after ``to_empty()``.
         """
         if needs_reset:
-            for module in self.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            self._reset_layers()
             for block in self.blocks:
                 block.mixer.init_weights()
         trunc_normal_(self.pos_embed, std=0.02)

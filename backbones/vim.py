@@ -34,11 +34,12 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from zoo.backbones.layers.backbone import unwrap_checkpoint
 from zoo.backbones.layers.class_token import (
     ClassToken,
     check_class_token,
 )
-from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint, unwrap_checkpoint
+from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.mamba import Directions, MambaMixer, Merge, stack_mixer_parameters
 from zoo.backbones.layers.patch_embed import PatchEmbed

@@ -25,8 +25,8 @@ from timm.layers import GluMlp, Mlp, calculate_drop_path_rates, to_2tuple, trunc
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.backbones.layers.columnar import unwrap_checkpoint
-from zoo.backbones.layers.hierarchical import HierarchicalBackbone, drop_absent_parts
+from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
+from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.position import record_input_size, resample_pos_embed
 from zoo.backbones.layers.ss2d import SS2D, Gate, OutputNorm, Recurrence, from_authors_name
 from zoo.backbones.layers.vss import (

@@ -269,6 +269,15 @@ def test_intermediates_agree_with_forward():
     assert [f["reduction"] for f in model.feature_info] == [2, 4, 8]
 
 
+def test_head_of_a_cut_model_goes_even_if_it_was_to_stay():
+    model = make().eval()
+    model.prune_intermediate_layers([0], prune_head=False)
+    image = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        feature = model.forward_intermediates(image, [0], intermediates_only=True)[0]  # (1, D, H, W)
+        torch.testing.assert_close(model(image), feature.permute(0, 2, 3, 1))
+
+
 def test_pruned_model_gives_the_same_intermediates():
     model = make().eval()
     images = torch.randn(1, 3, 32, 32)

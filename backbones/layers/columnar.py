@@ -5,15 +5,16 @@ Checkpoints of all families are fitted to a model by :func:`fit_checkpoint`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from timm.layers import get_device_dtype, resample_patch_embed, trunc_normal_
+from timm.layers import resample_patch_embed, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.backbones.layers.backbone import Backbone, drop_absent_parts
 from zoo.backbones.layers.class_token import (
     ClassToken,
     insert_class_tokens,
@@ -22,12 +23,15 @@ from zoo.backbones.layers.class_token import (
 )
 from zoo.backbones.layers.position import record_input_size, resample_pos_embed
 
-__all__ = ["ColumnarBackbone", "FeatureSource", "fit_checkpoint", "unwrap_checkpoint"]
+__all__ = ["ColumnarBackbone", "FeatureSource", "fit_checkpoint"]
+
+for _function in ("insert_class_tokens", "resample_pos_embed", "split_class_tokens"):
+    torch.fx.wrap(_function)  # a single node for FX in this file too
 
 FeatureSource = Literal["stream", "mixer"]
 
 
-class ColumnarBackbone(nn.Module):
+class ColumnarBackbone(Backbone):
     """Patch tokens with positions and class tokens, blocks, norm, pooling, classifier.
 
     A family's constructor sets ``patch_embed``, ``cls_token`` and ``pos_embed`` (parameters or None), ``pos_drop``,
@@ -76,13 +80,9 @@ class ColumnarBackbone(nn.Module):
         ]
 
     def _set_global_pool(self, global_pool: str) -> None:
-        if global_pool not in self.global_pools:
-            raise ValueError(
-                f"global_pool={global_pool!r} is not known; use one of {', '.join(map(repr, self.global_pools))}"
-            )
+        super()._set_global_pool(global_pool)
         if global_pool == "token" and not self.num_prefix_tokens:
             raise ValueError("global_pool='token' needs a class token; use 'avg' or set class_token")
-        self.global_pool = global_pool
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialises every parameter.
@@ -91,9 +91,7 @@ class ColumnarBackbone(nn.Module):
             needs_reset: Whether the layers' own initialisation runs first, as after ``to_empty()``.
         """
         if needs_reset:
-            for module in self.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            self._reset_layers()
         self.patch_embed.init_weights()
         for embedding in (self.cls_token, self.pos_embed):
             if embedding is not None:
@@ -104,17 +102,6 @@ class ColumnarBackbone(nn.Module):
             with torch.no_grad():
                 projection.weight /= len(projections) ** 0.5
         self._init_head()
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone."""
-        exempt = ("pos_embed", "cls_token", "A_log", "D", "dt_bias", "conv_bias", "gamma", "direction_B")
-        return {name for name, _ in self.named_parameters() if name.split(".")[-1] in exempt}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -127,26 +114,6 @@ class ColumnarBackbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks are recomputed in the backward instead of kept."""
         self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier.
-
-        Args:
-            num_classes: Classes; 0 for none.
-            global_pool: New pooling; None keeps the current one.
-        """
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
-        self.num_classes = num_classes
-        factory = get_device_dtype(self)
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
-        self.head.train(self.training)
-        self._init_head()
 
     @torch.jit.ignore
     def set_input_size(
@@ -241,10 +208,6 @@ class ColumnarBackbone(nn.Module):
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -327,14 +290,6 @@ class ColumnarBackbone(nn.Module):
         return take_indices
 
 
-def unwrap_checkpoint(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The weights inside a training checkpoint; a bare state dict passes unchanged."""
-    for envelope in ("model", "state_dict", "model_ema"):
-        if isinstance(state_dict.get(envelope), Mapping):
-            return state_dict[envelope]
-    return state_dict
-
-
 def fit_checkpoint(
     state_dict: dict[str, Tensor], model: ColumnarBackbone, class_token: ClassToken | None
 ) -> dict[str, Tensor]:
@@ -348,9 +303,7 @@ def fit_checkpoint(
     Raises:
         ValueError: If the position embedding's grid cannot be told.
     """
-    for part in ("norm", "head"):
-        if isinstance(getattr(model, part), nn.Identity):
-            state_dict = {name: t for name, t in state_dict.items() if not name.startswith(f"{part}.")}
+    state_dict = drop_absent_parts(state_dict, model)
     if "pos_embed" in state_dict and model.pos_embed is not None:
         place = class_token and (model.class_token or class_token)
         state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], place, model)

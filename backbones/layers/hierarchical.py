@@ -4,18 +4,20 @@ A family derives from :class:`HierarchicalBackbone` and builds its layers in the
 first reduces the resolution (but for the first stage) and then runs its blocks, so that what leaves it is a feature.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import get_device_dtype, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = ["HierarchicalBackbone", "drop_absent_parts"]
+from zoo.backbones.layers.backbone import Backbone
+
+__all__ = ["HierarchicalBackbone"]
 
 
-class HierarchicalBackbone(nn.Module):
+class HierarchicalBackbone(Backbone):
     """Stem, stages, norm, pooling, classifier.
 
     A family's constructor sets ``stem``, ``stages`` (``nn.Sequential``; every stage has ``blocks`` and a flag
@@ -59,12 +61,6 @@ class HierarchicalBackbone(nn.Module):
             for i, (dim, stride) in enumerate(zip(self.dims, self.strides, strict=True))
         ]
 
-    def _set_global_pool(self, global_pool: str) -> None:
-        if global_pool not in self.global_pools:
-            known = ", ".join(map(repr, self.global_pools))
-            raise ValueError(f"global_pool={global_pool!r} is not known; use one of {known}")
-        self.global_pool = global_pool
-
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialises every parameter: linear layers as timm's vision transformers do, the rest as the layers say.
 
@@ -72,9 +68,7 @@ class HierarchicalBackbone(nn.Module):
             needs_reset: Whether the layers' own initialisation runs first, as after ``to_empty()``.
         """
         if needs_reset:
-            for module in self.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            self._reset_layers()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -83,12 +77,6 @@ class HierarchicalBackbone(nn.Module):
         for module in self.modules():
             if hasattr(module, "init_special"):  # parameters that must not start like others, such as dt_proj
                 module.init_special()
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone."""
-        exempt = ("pos_embed", "A_log", "D", "dt_bias", "conv_bias", "gamma", "relative_position_bias_table")
-        return {name for name, _ in self.named_parameters() if name.split(".")[-1] in exempt}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -105,28 +93,6 @@ class HierarchicalBackbone(nn.Module):
         """Whether blocks are recomputed in the backward instead of kept."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier.
-
-        Args:
-            num_classes: Classes; 0 for none.
-            global_pool: New pooling; None keeps the current one.
-        """
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
-        self.num_classes = num_classes
-        factory = get_device_dtype(self)
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
-        self.head.train(self.training)
-        if num_classes:
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
 
     def embed(self, x: Tensor) -> Tensor:
         """Image (B, C, H, W) to the map that enters the first stage."""
@@ -150,10 +116,6 @@ class HierarchicalBackbone(nn.Module):
         if self.global_pool == "" and not self.channels_last:
             return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # the logits of every cell
         return self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
         self,
@@ -235,9 +197,3 @@ class HierarchicalBackbone(nn.Module):
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take_indices
-
-
-def drop_absent_parts(state_dict: Mapping[str, Tensor], model: HierarchicalBackbone) -> dict[str, Tensor]:
-    """Leaves out a checkpoint's norm or classifier if the model was built without."""
-    absent = tuple(f"{part}." for part in ("norm", "head") if isinstance(getattr(model, part), nn.Identity))
-    return {name: tensor for name, tensor in state_dict.items() if not name.startswith(absent)}

@@ -57,8 +57,8 @@ def output_kernel(
 
     state = tl.zeros([BLOCK_P, BLOCK_N], ACC)
     if HAS_START:
-        at = start + ((path * regions + region) * H + head) * P * N
-        state = tl.load(at + cell, mask=state_mask, other=0.0).to(ACC)
+        start_at = start + ((path * regions + region) * H + head) * P * N
+        state = tl.load(start_at + cell, mask=state_mask, other=0.0).to(ACC)
     first = region * region_chunks
     for number in tl.range(first, tl.minimum(first + region_chunks, chunks), disable_licm=True):
         chunk = tl.where(reverse, chunks - 1 - number, number)
