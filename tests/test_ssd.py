@@ -142,11 +142,16 @@ def cotangents_for(case: Case, device: str) -> tuple[Tensor, Tensor]:
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Every tensor within ``tolerance`` of the expected one, relative to its largest entry."""
+    """Every tensor within ``tolerance`` of the expected one, relative to its largest entry.
+
+    Gradients of A and dt_bias are sums over the tokens and may cancel: their error is also measured by one addend.
+    """
     assert got.keys() == expected.keys()
     for name in expected:
         error = (got[name].double() - expected[name]).abs().max()
         largest = expected[name].abs().max()
+        if name in ("A", "dt_bias") and expected.get("dt") is not None:
+            largest = torch.maximum(largest, expected["dt"].abs().max())
         assert error <= tolerance * largest + 1e-12, f"{name}: error {error:.2e}, largest entry {largest:.2e}"
 
 
