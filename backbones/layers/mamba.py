@@ -13,6 +13,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from zoo.backbones.layers.recurrence import init_decays, init_steps, negative_exp
+from zoo.backbones.layers.stacked_linear import stacked_linear
 from zoo.kernels import LARGEST_WINDOW, causal_conv1d, selective_scan
 
 __all__ = ["Directions", "MambaMixer", "Merge", "local_window", "stack_mixer_parameters"]
@@ -36,6 +37,7 @@ UPSTREAM_NAMES = {
 # FX and timm's feature extraction see the two kernels as single nodes.
 torch.fx.wrap("causal_conv1d")
 torch.fx.wrap("selective_scan")
+torch.fx.wrap("stacked_linear")
 register_notrace_function(causal_conv1d)
 register_notrace_function(selective_scan)
 
@@ -148,17 +150,13 @@ class MambaMixer(nn.Module):
         Returns:
             Tokens (B, L, D).
         """
-        batch, length, _ = x.shape
+        length = x.shape[1]
         K = len(self.reverse)
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) views of one GEMM's output
         u = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", reverse=self.conv_reverse)
-        tokens = u.transpose(0, 1).flatten(1, 2)  # (S, B*L, E), a view
-        projected = torch.bmm(tokens, self.x_proj_weight.transpose(1, 2)).split(self.splits, dim=-1)
-        delta = torch.bmm(projected[0], self.dt_proj_weight.transpose(1, 2))  # (S, B*L, E)
-        delta, B, C = (
-            t.unflatten(1, (batch, length)).transpose(0, 1).expand(-1, K, -1, -1)  # (B, K, L, E or N), views
-            for t in (delta, projected[1], projected[2])
-        )
+        low_rank, B, C = stacked_linear(u.transpose(0, 1), self.x_proj_weight).split(self.splits, dim=-1)
+        delta = stacked_linear(low_rank, self.dt_proj_weight)
+        delta, B, C = (t.transpose(0, 1).expand(-1, K, -1, -1) for t in (delta, B, C))  # (B, K, L, E or N), views
         y = selective_scan(
             u,
             delta,

@@ -14,6 +14,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
+from zoo.backbones.layers.stacked_linear import stacked_linear
 from zoo.backbones.scans import scan_paths
 from zoo.kernels import selective_scan, ssd
 
@@ -109,9 +110,9 @@ class SelectivePaths(nn.Module):
         """Tokens (B, L, E) to what steps the states of all paths, or of the paths ``only``."""
         weight = self.x_proj_weight[only]
         projected = F.linear(u.flatten(0, 1), weight.flatten(0, 1)).unflatten(1, (len(weight), -1))  # (B*L, K, R+2N)
-        dt, B, C = projected.transpose(0, 1).split(self.splits, dim=-1)
-        delta = torch.bmm(dt, self.dt_proj_weight[only].transpose(1, 2))  # (K, B*L, E)
-        return Projected(*(t.unflatten(1, u.shape[:2]).transpose(0, 1) for t in (delta, B, C)))
+        dt, B, C = projected.transpose(0, 1).unflatten(1, u.shape[:2]).split(self.splits, dim=-1)  # (K, B, L, ...)
+        delta = stacked_linear(dt, self.dt_proj_weight[only])
+        return Projected(*(t.transpose(0, 1) for t in (delta, B, C)))
 
     def walk(
         self,

@@ -50,7 +50,6 @@ from zoo.kernels.selective_scan.triton_regions import (
     side_by_side,
 )
 from zoo.kernels.selective_scan.triton_sums import add_partials_kernel, add_paths, channel_sums, pair_selector
-from zoo.kernels.selective_scan.triton_window import window_gradients
 
 __all__ = ["backward"]
 
@@ -58,22 +57,23 @@ RESIDENT_WARPS = 8  # of a multiprocessor: what the main kernel's registers leav
 
 
 @triton.jit
-def add_to_slot(slot, x, mask, ADDS: tl.constexpr):
-    """Stores a partial sum, or with ADDS adds it to what is there."""
-    if ADDS:
-        x += tl.load(slot, mask=mask, other=0.0)
-    tl.store(slot, x, mask=mask)
+def gated(dout, z, inside, HAS_Z: tl.constexpr):
+    """Gradient of a step's output before the gate, zero past the end."""
+    dy = tl.where(inside, dout, 0.0)
+    if HAS_Z:
+        dy = dy * z * sigmoid(z)
+    return dy
 
 
 # Hiding the alignment of `scratch` keeps one channel to a lane, like `stride_N` does, with offsets known beforehand.
 @triton.jit(do_not_specialize=PLAIN_NUMBERS, do_not_specialize_on_alignment=["scratch"])
 def scan_gradient_kernel(
     u, delta, A, packed, D, z, bias, table, lengths, states, dout, entering,
-    du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch, window_sums,
+    du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch,
     L, P, K, orders, first, stride, count, channels, stride_N, group_channels, reverse_mask, chunks, region, splits,
     batch, items, u_b, u_k, u_l, delta_b, delta_k, delta_l, z_b, z_l, dout_b, dout_l,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr, STAGES: tl.constexpr, SEGMENT: tl.constexpr, LOT_STATES: tl.constexpr, WINDOW: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr, SPAN: tl.constexpr, SEGMENT: tl.constexpr, WINDOW: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ENTERING: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr,
     SPLIT: tl.constexpr, SIDE: tl.constexpr, MIRRORED: tl.constexpr, SUM_U: tl.constexpr, SUM_Y: tl.constexpr,
@@ -94,8 +94,11 @@ def scan_gradient_kernel(
     packed_l = groups * 2 * BLOCK_N
     STATE: tl.constexpr = BLOCK_N * BLOCK_D
     PARKS: tl.constexpr = SEGMENT < CHUNK  # else segments start from saved states
+    SLOTS: tl.constexpr = SPAN // SEGMENT
+    WINDOW_OR_UNROLL: tl.constexpr = min(WINDOW, UNROLL)
+    WINDOW_OR_SEGMENT: tl.constexpr = min(WINDOW, SEGMENT)
     if PARKS:
-        lot = lot_of(scratch, LOT_STATES * STATE, LOT)
+        lot = lot_of(scratch, (2 if WINDOW > 1 else 1) * SLOTS * STATE, LOT)
     selector = pair_selector(COARSE)
 
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -122,8 +125,6 @@ def scan_gradient_kernel(
             y_at = y_sum + b * L * channels + d_tile
         if SUM_U:
             du_sum_at = du_sum + b * L * channels + d_tile
-        if WINDOW > 1:  # sums of a chunk's steps over what comes from inside their windows: y, gB and A w
-            window_at = window_sums + (b * splits + split) * 3 * CHUNK * channels + d_tile
 
         for i in range(count):
             k = first + i * stride
@@ -154,6 +155,7 @@ def scan_gradient_kernel(
                 future = tl.load(entering_at, mask=state_mask, other=0.0)
             elif HAS_ENTERING:
                 future = tl.load(entering + path * N * channels + cell, mask=state_mask, other=0.0).to(ACC)
+            later = tl.zeros([BLOCK_N, BLOCK_D], ACC)  # what the steps of a window after this one have put in
             dA_k = tl.zeros([BLOCK_N, BLOCK_D], ACC)
             dD_k = tl.zeros([BLOCK_D], ACC)
             dbias_k = tl.zeros([BLOCK_D], ACC)
@@ -161,28 +163,21 @@ def scan_gradient_kernel(
             finishes = k == K - 1
             passes_on = (k < K - 1) | (not COMPLETE)
 
-            span = region  # what one round recomputes: all chunks, or one if its states have to be parked
+            span = region  # what one round goes through: all chunks, or as much as can be parked
             if PARKS:
-                span = CHUNK
+                span = SPAN
             spans = tl.cdiv(end - begin, span)
             for span_from_end in range(spans):
-                chunk = (spans - 1 - span_from_end) * (span // CHUNK)
+                span_begin = begin + (spans - 1 - span_from_end) * span
+                chunk = (span_begin - begin) // CHUNK
                 chunk_begin = begin + chunk * CHUNK
-                segments = tl.cdiv(tl.minimum(end - chunk_begin, span), SEGMENT)
+                segments = tl.cdiv(tl.minimum(end - span_begin, span), SEGMENT)
                 saved_at = states + (path * chunks + split * (region // CHUNK) + chunk) * N * channels + cell
-                if WINDOW > 1:
-                    tl.debug_barrier()  # what the chunk before has parked has been read
-                    dA_k = window_gradients(
-                        u_at, delta_at, BC_at, z_at, dout_at, table, lot, window_at, partial_at + n, selector,
-                        A_k, bias_k, dA_k, d_mask, n_mask, row, P, chunk_begin, tl.minimum(end - chunk_begin, CHUNK),
-                        end, steps, backwards, u_l, delta_l, packed_l, z_l, dout_l, channels, BLOCK_N, BLOCK_D, CHUNK,
-                        STAGES, WINDOW, SOFTPLUS, HAS_Z, HAS_TABLE, HOLES, MATRIX, COARSE, LOT, ACC, OFFSET,
-                    )  # fmt: skip
 
                 if PARKS:
-                    if PTX:  # the chunk before, which comes next
-                        before_begin = chunk_begin - CHUNK
-                        coming = tokens_at(table, row, P, before_begin, end, steps, backwards, CHUNK, HAS_TABLE, OFFSET)
+                    if PTX:  # the steps before, which come next
+                        first_coming = span_begin - CHUNK
+                        coming = tokens_at(table, row, P, first_coming, end, steps, backwards, CHUNK, HAS_TABLE, OFFSET)
                         rows = row_of(coming, HOLES)
                         fetch_ahead(u + b * u_b + k * u_k + first_channel + rows * u_l)
                         fetch_ahead(delta + b * delta_b + k * delta_k + first_channel + rows * delta_l)
@@ -191,34 +186,58 @@ def scan_gradient_kernel(
                             fetch_ahead(z + b * z_b + first_channel + rows * z_l)
                         earlier = (path * chunks + split * (region // CHUNK) + tl.maximum(chunk - 1, 0)) * N
                         fetch_ahead(states + (earlier + n) * channels + first_channel)
-                    tl.debug_barrier()  # the parked states of the chunk before have been read
+                    tl.debug_barrier()  # what was parked before has been read
                     h = tl.load(saved_at, mask=state_mask, other=0.0)
                     first_state = h
-                    recompute_end = chunk_begin + (segments - 1) * SEGMENT
+                    handed = tl.zeros([BLOCK_N, BLOCK_D], ACC)  # gradient that a window's outputs so far hand on
+                    recompute_end = span_begin + (segments - 1) * SEGMENT
                     for start in tl.range(chunk_begin, recompute_end, UNROLL, num_stages=STAGES):
                         tokens = tokens_at(table, row, P, start, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
                         u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
                         delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
-                        B_t = rows_of(tile_at(tokens, B_at, packed_l, HOLES))
+                        if WINDOW > 1:
+                            BC_t = rows_of(tile_at(tokens, BC_at, packed_l, HOLES))
+                            dout_t = rows_of(visited(tile_at(tokens, dout_at, dout_l, HOLES), tokens, HOLES))
+                            z_t = dout_t
+                            if HAS_Z:
+                                z_t = rows_of(tile_at(tokens, z_at, z_l, HOLES))
+                        else:
+                            B_t = rows_of(tile_at(tokens, B_at, packed_l, HOLES))
                         steps_t = ()
                         inputs_t = ()
+                        dys_t = ()
                         for j in tl.static_range(UNROLL):
-                            _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
+                            inside = start + j < end
+                            _, step = step_size(delta_t[j].to(ACC), bias_k, inside, SOFTPLUS, COARSE)
                             steps_t = steps_t + (step,)
                             inputs_t = inputs_t + (step * u_t[j].to(ACC),)
+                            if WINDOW > 1:
+                                dys_t = dys_t + (gated(dout_t[j].to(ACC), z_t[j].to(ACC), inside, HAS_Z),)
                         for piece in tl.static_range(UNROLL // SEGMENT):
                             if start + piece * SEGMENT < recompute_end:
-                                for place in tl.static_range(SEGMENT):
-                                    decay = tl.exp2(steps_t[piece * SEGMENT + place][None, :] * A_k)
-                                    input_j = inputs_t[piece * SEGMENT + place][None, :]
-                                    h = decay * h + input_j * B_t[piece * SEGMENT + place][:, None]
-                                park(lot, ((start - chunk_begin) // SEGMENT + piece + 1) * STATE, h, LOT)
-                    park(lot, 0, first_state, LOT)  # here, so that nothing above waits for it
+                                for j in tl.static_range(piece * SEGMENT, (piece + 1) * SEGMENT):
+                                    decay = tl.exp2(steps_t[j][None, :] * A_k)
+                                    if WINDOW > 1:
+                                        B_j, C_j = split_projections(BC_t[j])
+                                        if j % WINDOW_OR_UNROLL == 0:
+                                            in_window = (start - chunk_begin + j) % WINDOW
+                                            handed = tl.where(in_window == 0, 0.0, handed)
+                                        handed = decay * (handed + C_j[:, None] * dys_t[j][None, :])
+                                    else:
+                                        B_j = B_t[j]
+                                    h = decay * h + inputs_t[j][None, :] * B_j[:, None]
+                                after = start + (piece + 1) * SEGMENT - span_begin
+                                if (WINDOW == 1) | (after >= 0):
+                                    park(lot, after // SEGMENT * STATE, h, LOT)
+                                    if WINDOW > 1:
+                                        park(lot, (SLOTS + after // SEGMENT) * STATE, handed, LOT)
+                    if (WINDOW == 1) | (span_begin == chunk_begin):
+                        park(lot, 0, first_state, LOT)  # here, so that nothing above waits for it
                     tl.debug_barrier()
 
                 for segment_from_end in tl.range(segments, num_stages=STAGES):
                     segment = segments - 1 - segment_from_end
-                    start = chunk_begin + segment * SEGMENT
+                    start = span_begin + segment * SEGMENT
                     tokens = tokens_at(table, row, P, start, end, steps, backwards, SEGMENT, HAS_TABLE, OFFSET)
                     if PARKS:
                         h = unpark(lot, segment * STATE, BLOCK_N, BLOCK_D, LOT)
@@ -232,12 +251,6 @@ def scan_gradient_kernel(
                         z_t = rows_of(tile_at(tokens, z_at, z_l, HOLES))
                     if SUM_Y:
                         y_t = rows_of(tile_at(tokens, y_at, channels, HOLES))
-                    if WINDOW > 1:
-                        in_chunk = segment * SEGMENT + tl.arange(0, SEGMENT)
-                        window_y = rows_of(tile_at(in_chunk, window_at, channels, False))
-                        window_gB = rows_of(tile_at(in_chunk + CHUNK, window_at, channels, False))
-                        window_Aw = rows_of(tile_at(in_chunk + 2 * CHUNK, window_at, channels, False))
-
                     before = ()  # the state before every step of the segment
                     decays = ()
                     raws = ()
@@ -252,6 +265,23 @@ def scan_gradient_kernel(
                         B_j, _ = split_projections(BC_t[j])
                         h = decay * h + (step * u_t[j].to(ACC))[None, :] * B_j[:, None]
 
+                    if WINDOW > 1:  # what the input of every step is handed by the outputs of its window before it
+                        handed = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                        if (start - chunk_begin) % WINDOW != 0:
+                            handed = unpark(lot, (SLOTS + segment) * STATE, BLOCK_N, BLOCK_D, LOT)
+                        handed_t = ()
+                        for j in tl.static_range(SEGMENT):
+                            if j % WINDOW_OR_SEGMENT == 0 and j > 0:
+                                handed = tl.where((start - chunk_begin + j) % WINDOW == 0, 0.0, handed)
+                            handed_t = handed_t + (handed,)
+                            if j < SEGMENT - 1:
+                                z_j = dout_t[j]
+                                if HAS_Z:
+                                    z_j = z_t[j]
+                                dy = gated(dout_t[j].to(ACC), z_j.to(ACC), start + j < end, HAS_Z)
+                                _, C_j = split_projections(BC_t[j])
+                                handed = decays[j] * (handed + C_j[:, None] * dy[None, :])
+
                     du_t = ()
                     ddelta_t = ()
                     dz_t = ()
@@ -264,28 +294,35 @@ def scan_gradient_kernel(
                         inside = start + j < end
                         dout_j = tl.where(inside, dout_t[j].to(ACC), 0.0)
                         dy = dout_j
+                        seen = h  # what C reads
+                        if WINDOW > 1:
+                            if (j + 1) % WINDOW_OR_SEGMENT == 0:
+                                later = tl.where((start - chunk_begin + j + 1) % WINDOW == 0, 0.0, later)
+                            received = decays[j] * later
+                            seen = h + received
                         if HAS_Z:
                             z_j = z_t[j].to(ACC)
                             gate = sigmoid(z_j)
                             dy = dout_j * z_j * gate
-                            y = tl.sum(h * C_j[:, None], 0) + D_k * u_j
-                            if WINDOW > 1:
-                                y += window_y[j]
+                            y = tl.sum(seen * C_j[:, None], 0) + D_k * u_j
                             if SUM_Y:
                                 y += tl.where(adds, y_t[j], 0.0)
                                 ys = (y,) + ys
                             dz_t = (dout_j * y * gate * (1.0 + z_j * (1.0 - gate)),) + dz_t
                         g = future + C_j[:, None] * dy[None, :]
-                        gB = tl.sum(g * B_j[:, None], 0)
-                        of_C = h * tl.where(d_mask, dy, 0.0)[None, :]
-                        of_B = g * tl.where(d_mask, step * u_j, 0.0)[None, :]
+                        of_input = g
+                        if WINDOW > 1:
+                            of_input = g + handed_t[j]
+                        gB = tl.sum(of_input * B_j[:, None], 0)
+                        of_C = seen * tl.where(d_mask, dy, 0.0)[None, :]
+                        of_B = of_input * tl.where(d_mask, step * u_j, 0.0)[None, :]
                         future = g * decays[j]
                         w = future * before[j]
+                        if WINDOW > 1:
+                            w += (handed_t[j] + C_j[:, None] * dy[None, :]) * received
+                            later = received + (step * u_j)[None, :] * B_j[:, None]
                         dA_k += w * step[None, :]
                         Aw = tl.sum(w * A_k, 0)
-                        if WINDOW > 1:
-                            gB += window_gB[j]
-                            Aw += window_Aw[j]
                         dstep = u_j * gB + Aw / LOG2E
                         if SOFTPLUS:
                             dstep *= sigmoid(raws[j])
@@ -303,8 +340,8 @@ def scan_gradient_kernel(
                                 slot_mask = slot_mask & (token >= 0)
                             dB_j = channel_sums(of_B, selector, MATRIX, COARSE)
                             dC_j = channel_sums(of_C, selector, MATRIX, COARSE)
-                            add_to_slot(partial_at + token * packed_l + n, dB_j, slot_mask, WINDOW > 1)
-                            add_to_slot(partial_at + token * packed_l + n + BLOCK_N, dC_j, slot_mask, WINDOW > 1)
+                            tl.store(partial_at + token * packed_l + n, dB_j, mask=slot_mask)
+                            tl.store(partial_at + token * packed_l + n + BLOCK_N, dC_j, mask=slot_mask)
                         h = before[j]
 
                     visits = start + tl.arange(0, SEGMENT) < end
@@ -314,8 +351,8 @@ def scan_gradient_kernel(
                     if BLOCK_N == 1:  # sums of all steps of a segment at once
                         dB_s = channel_sums(tile_of(of_Bs, SEGMENT), selector, MATRIX, COARSE)
                         dC_s = channel_sums(tile_of(of_Cs, SEGMENT), selector, MATRIX, COARSE)
-                        add_to_slot(partial_at + tokens * packed_l, dB_s, visits, WINDOW > 1)
-                        add_to_slot(partial_at + tokens * packed_l + 1, dC_s, visits, WINDOW > 1)
+                        tl.store(partial_at + tokens * packed_l, dB_s, mask=visits)
+                        tl.store(partial_at + tokens * packed_l + 1, dC_s, mask=visits)
                     row_cells = tokens[:, None] * channels
                     ddelta_s = tile_of(ddelta_t, SEGMENT)
                     tl.store(ddelta_at[None, :] + row_cells, ddelta_s.to(ddelta.dtype.element_ty), mask=mask)
@@ -404,14 +441,11 @@ def backward(
     dbias = None if delta_bias is None else u.new_empty(batch, K, splits, channels, dtype=dtype)
     dinitial = None if initial_state is None else u.new_empty(batch, K, N, channels, dtype=dtype)
     segment = min(8 if window > 1 else CHUNK, max(2, 32 // block_n))  # steps whose states are in registers together
-    parked_states = 0 if segment == CHUNK else CHUNK if window > 1 else CHUNK // segment
-    parked = parked_states * block_n * block_d
+    span = 8 if window > 1 else CHUNK  # with windows two of every state are parked, so half as many steps at a time
+    parked = 0 if segment == CHUNK else (2 if window > 1 else 1) * span // segment * block_n * block_d
     lot = shared_lot(u.device, dtype, parked)
     matrix = dtype == torch.float32 and (segment if block_n == 1 else block_n) == 16  # see channel_sums
     scratch = None if lot or not parked else u.new_empty(programs, parked, dtype=dtype)
-    window_sums = None
-    if window > 1:
-        window_sums = u.new_empty(batch * splits, 3, CHUNK, channels, dtype=dtype)
 
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     packed = pack_projections(B, C, dtype, block_n)
@@ -448,10 +482,10 @@ def backward(
         for launch in launches:
             scan_gradient_kernel[(programs,)](
                 u, delta, A, packed, D, z, delta_bias, paths, lengths, states, grad_out, entering,
-                du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch, window_sums,
+                du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch,
                 L, steps, K, orders, launch.first, launch.stride, launch.count, channels, channels, channels // groups,
                 reverse_mask, num_chunks(steps), region, splits, batch, items, *u_strides, *strides,
-                CHUNK=CHUNK, SEGMENT=segment, LOT_STATES=parked_states, WINDOW=window, HAS_D=D is not None,
+                CHUNK=CHUNK, SPAN=span, SEGMENT=segment, WINDOW=window, HAS_D=D is not None,
                 HAS_ENTERING=entering is not None,
                 HAS_DINITIAL=dinitial is not None, SPLIT=splits > 1, SIDE=side, SUM_U=sum_u, SUM_Y=sum_y,
                 COMPLETE=complete, LOT=lot, PTX=runs_ptx(u.device), MATRIX=matrix, **options,

@@ -34,11 +34,22 @@ __all__ = [
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Arguments whose value shall not make Triton compile a kernel anew, as it does for 1 and for multiples of 16: lengths for
-# example. Among them ``stride_N``, which is the number of channels: see ``block_shape``. Numbers of paths are not among
-# them: a loop over one path known as such takes 128 registers in the forward, not 168.
+# Arguments whose value shall not make Triton compile a kernel anew, as it does for 1 and for multiples of 16: lengths,
+# for example. Among them ``stride_N``, which is the number of channels: see ``block_shape``. Numbers of paths are not
+# among them: a loop over one path known as such takes 128 registers in the forward, not 168.
 PLAIN_NUMBERS = (
-    "L", "P", "orders", "first", "stride", "stride_N", "reverse_mask", "chunks", "region", "splits", "batch", "items"
+    "L",
+    "P",
+    "orders",
+    "first",
+    "stride",
+    "stride_N",
+    "reverse_mask",
+    "chunks",
+    "region",
+    "splits",
+    "batch",
+    "items",
 )
 
 

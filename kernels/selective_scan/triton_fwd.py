@@ -123,22 +123,31 @@ def scan_kernel(
             delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
             BC_t = rows_of(tile_at(tokens, packed_at, packed_l, HOLES))
             if WINDOW > 1:
+                sizes_t = ()
+                inputs_t = ()
+                for j in tl.static_range(UNROLL):
+                    _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
+                    sizes_t = sizes_t + (step,)
+                    inputs_t = inputs_t + (step * u_t[j].to(ACC),)
                 from_later = ()  # what C reads of the later steps of a window, for every step
                 later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
                 for j in tl.static_range(UNROLL - 1, -1, -1):
                     if (j + 1) % WINDOW == 0:
                         later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-                    _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
                     B_j, C_j = split_projections(BC_t[j])
-                    received = tl.exp2(step[None, :] * A_k) * later
+                    received = tl.exp2(sizes_t[j][None, :] * A_k) * later
                     from_later = (tl.sum(received * C_j[:, None], 0),) + from_later
-                    later = received + (step * u_t[j].to(ACC))[None, :] * B_j[:, None]
+                    later = received + inputs_t[j][None, :] * B_j[:, None]
             y_t = ()
             for j in tl.static_range(UNROLL):
                 u_j = u_t[j].to(ACC)
-                _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
+                if WINDOW > 1:  # the compiler keeps the decays from above
+                    step, input_j = sizes_t[j], inputs_t[j]
+                else:
+                    _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
+                    input_j = step * u_j
                 B_j, C_j = split_projections(BC_t[j])
-                h = tl.exp2(step[None, :] * A_k) * h + (step * u_j)[None, :] * B_j[:, None]
+                h = tl.exp2(step[None, :] * A_k) * h + input_j[None, :] * B_j[:, None]
                 y = tl.sum(h * C_j[:, None], 0) + D_k * u_j
                 if WINDOW > 1:
                     y += from_later[j]
