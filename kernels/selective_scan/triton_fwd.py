@@ -41,6 +41,25 @@ from zoo.kernels.selective_scan.triton_sums import add_paths
 __all__ = ["forward"]
 
 
+@triton.jit
+def inputs_of_steps(
+    u_at, delta_at, packed_at, table, A_k, bias_k, row, P, start, end, steps, backwards, u_l, delta_l, packed_l,
+    UNROLL: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr, COARSE: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
+    """What the inputs of UNROLL steps are to the first of them, walked from the last: the state (N, D)."""
+    tokens = tokens_at(table, row, P, start, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
+    u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
+    delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
+    BC_t = rows_of(tile_at(tokens, packed_at, packed_l, HOLES))
+    state = tl.zeros(A_k.shape, A_k.dtype)
+    for j in tl.static_range(UNROLL - 1, -1, -1):
+        _, step = step_size(delta_t[j].to(A_k.dtype), bias_k, start + j < end, SOFTPLUS, COARSE)
+        B_j, _ = split_projections(BC_t[j])
+        state = tl.exp2(step[None, :] * A_k) * state + (step * u_t[j].to(A_k.dtype))[None, :] * B_j[:, None]
+    return state
+
+
 # In all kernels `stride_N` is `channels` again, hidden from Triton's divisibility analysis: see `block_shape`.
 @triton.jit(do_not_specialize=PLAIN_NUMBERS)
 def scan_kernel(
@@ -131,6 +150,12 @@ def scan_kernel(
                     inputs_t = inputs_t + (step * u_t[j].to(ACC),)
                 from_later = ()  # what C reads of the later steps of a window, for every step
                 later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                if WINDOW > UNROLL:
+                    if (start - begin) % WINDOW == 0:
+                        later = inputs_of_steps(
+                            u_at, delta_at, packed_at, table, A_k, bias_k, row, P, start + UNROLL, end, steps,
+                            backwards, u_l, delta_l, packed_l, UNROLL, SOFTPLUS, HAS_TABLE, HOLES, COARSE, OFFSET,
+                        )  # fmt: skip
                 for j in tl.static_range(UNROLL - 1, -1, -1):
                     if (j + 1) % WINDOW == 0:
                         later = tl.zeros([BLOCK_N, BLOCK_D], ACC)
@@ -222,7 +247,7 @@ def forward(
     packed = pack_projections(B, C, dtype, block["BLOCK_N"])
     u_strides = (u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2))
     z_strides = (0, 0) if z is None else z.stride()[:2]
-    block["UNROLL"] = max(block["UNROLL"], window)  # a window is walked backwards in registers
+    block["UNROLL"] = max(block["UNROLL"], min(window, 8))  # a window, or half of it, is walked backwards in registers
     common = dict(N=N, ACC=acc, **{name: block.pop(name) for name in ("BLOCK_N", "BLOCK_D", "num_warps")})
     scan = dict(
         **block, SOFTPLUS=delta_softplus, HAS_BIAS=delta_bias is not None, HAS_TABLE=paths is not None,
