@@ -33,7 +33,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import unwrap_checkpoint
-from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint
+from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
 from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.ssd import SSDMixer, stack_ssd_parameters
 from zoo.registry import build_model_with_cfg, packaged_weights
@@ -160,11 +160,11 @@ class Adventurer(ColumnarBackbone):
         self.init_weights(needs_reset=False)
 
     def _advance(
-        self, index: int, stream: Tensor, grid: tuple[int, int], context: None, run: Callable[..., Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, index: int, stream: Stream, grid: tuple[int, int], context: None, run: Callable[..., Tensor]
+    ) -> tuple[Stream, Tensor]:
         """Runs one block, which adds to the stream by itself."""
-        stream = run(self.blocks[index], stream)
-        return stream, stream
+        tokens = run(self.blocks[index], stream.tokens)
+        return Stream(tokens), tokens
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Adventurer) -> dict[str, Tensor]:

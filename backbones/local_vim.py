@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
-from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint
+from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.position import resample_pos_embed, rotary_table
@@ -306,16 +306,16 @@ class LocalVim(ColumnarBackbone):
         return tokens, grid, (table, self.layer_shuffle(tokens))
 
     def _advance(
-        self, index: int, stream: Tensor, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, index: int, stream: Stream, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
+    ) -> tuple[Stream, Tensor]:
         """Runs one block; returns the stream as the next block reads it, and the block's own output."""
         table, orders = context
         block = self.blocks[index]
-        update = run(block, stream, grid, orders[index])
-        stream = stream + block.drop_path(update)
+        update = run(block, stream.tokens, grid, orders[index])
+        tokens = stream.tokens + block.drop_path(update)
         if table is None or index == self.depth - 1:  # the final norm reads the stream unturned
-            return stream, update
-        return apply_rot_embed(stream, *table), update
+            return Stream(tokens), update
+        return Stream(apply_rot_embed(tokens, *table)), update
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LocalVim) -> dict[str, Tensor]:

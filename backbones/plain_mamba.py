@@ -33,7 +33,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import unwrap_checkpoint
-from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint
+from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.scans.memory import remember_tables
@@ -363,11 +363,11 @@ class PlainMamba(ColumnarBackbone):
         return tokens, grid, self.layer_shuffle(tokens)
 
     def _advance(
-        self, index: int, stream: Tensor, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, index: int, stream: Stream, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
+    ) -> tuple[Stream, Tensor]:
         """Runs one block, which adds to the stream by itself."""
-        stream = run(self.blocks[index], stream, grid, context[index])
-        return stream, stream
+        tokens = run(self.blocks[index], stream.tokens, grid, context[index])
+        return Stream(tokens), tokens
 
     def _in_weight_dtype(self, stream: Tensor) -> Tensor:
         """The stream as it is: blocks may end in a convolution, whose output autocast narrows."""

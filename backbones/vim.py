@@ -34,12 +34,13 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import unwrap_checkpoint
 from zoo.backbones.layers.class_token import (
     ClassToken,
     check_class_token,
 )
-from zoo.backbones.layers.columnar import ColumnarBackbone, fit_checkpoint
+from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.mamba import Directions, MambaMixer, Merge, stack_mixer_parameters
 from zoo.backbones.layers.patch_embed import PatchEmbed
@@ -48,6 +49,7 @@ from zoo.registry import build_model_with_cfg, packaged_weights
 
 __all__ = ["VisionMamba"]
 
+torch.fx.wrap("add_norm")
 torch.fx.wrap("rotary_table")  # a single node for FX in this file too
 
 NORM_LAYERS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
@@ -73,14 +75,41 @@ class VimBlock(nn.Module):
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, stream: Tensor, order: TokenOrder | None = None) -> Tensor:
-        """Residual stream (B, L, D) in any float dtype to the mixer's output (B, L, D), read in the order given."""
-        tokens = shuffle_tokens(self.norm(stream.to(self.norm.weight.dtype)), order)
-        return restore_tokens(self.mixer(tokens), order)
+    def forward(self, stream: Tensor, order: TokenOrder | None = None, normed: Tensor | None = None) -> Tensor:
+        """Runs the mixer on the residual stream.
+
+        Args:
+            stream: (B, L, D) in any float dtype.
+            order: In which order the mixer reads the tokens.
+            normed: The stream through this block's norm, if that is known already.
+
+        Returns:
+            The mixer's output (B, L, D), tokens in their places.
+        """
+        if normed is None:
+            normed = self.norm(stream.to(self.norm.weight.dtype))
+        return restore_tokens(self.mixer(shuffle_tokens(normed, order)), order)
 
     def add(self, stream: Tensor, update: Tensor) -> Tensor:
         """The stream after this block, in the stream's dtype or wider."""
         return stream + self.drop_path(update)
+
+    def add_and_norm(
+        self, stream: Tensor, update: Tensor, norm: nn.RMSNorm, final: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The stream after this block and, in the same pass, what the next norm makes of it.
+
+        Args:
+            stream: (B, L, D) in any float dtype.
+            update: This block's output.
+            norm: What reads the stream next.
+            final: Whether that is the final norm; another one's output is read by a layer that autocast narrows.
+        """
+        scale = None
+        if self.training and isinstance(self.drop_path, DropPath):
+            scale = self.drop_path(torch.ones_like(stream[:, 0, 0]))
+        normed, stream = add_norm(update, stream, norm.weight, norm.eps, scale, not final)
+        return stream, normed
 
 
 class VimBlockPair(nn.Module):
@@ -91,7 +120,7 @@ class VimBlockPair(nn.Module):
         self.forward_block = forward_block
         self.backward_block = backward_block
 
-    def forward(self, stream: Tensor, order: TokenOrder | None = None) -> Tensor:
+    def forward(self, stream: Tensor, order: TokenOrder | None = None, normed: None = None) -> Tensor:
         """Residual stream (B, L, D) to the sum of both mixers' outputs (B, L, D)."""
         return self.forward_block(stream, order) + self.backward_block(stream, order)
 
@@ -250,17 +279,21 @@ class VisionMamba(ColumnarBackbone):
         return tokens, grid, (table, self.layer_shuffle(tokens))
 
     def _advance(
-        self, index: int, stream: Tensor, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, index: int, stream: Stream, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
+    ) -> tuple[Stream, Tensor]:
         """Runs one block; returns the stream as the next block reads it, and the block's own output."""
         table, orders = context
         block = self.blocks[index]
-        update = run(block, stream, orders[index])
+        update = run(block, stream.tokens, orders[index], stream.normed)
+        tokens = stream.tokens
         if table is None or index == self.depth - 1:  # the final norm reads the stream unturned
-            return block.add(stream, update), update
+            norm = self.norm if index == len(self.blocks) - 1 else getattr(self.blocks[index + 1], "norm", None)
+            if isinstance(block, VimBlock) and isinstance(norm, nn.RMSNorm):
+                return Stream(*block.add_and_norm(tokens, update, norm, final=norm is self.norm)), update
+            return Stream(block.add(tokens, update)), update
         if self.rope_residual:
-            return _turn(block.add(stream, update), table), update
-        return block.add(stream, _turn(update, table)), update
+            return Stream(_turn(block.add(tokens, update), table)), update
+        return Stream(block.add(tokens, _turn(update, table))), update
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens (B, L, D) to one feature (B, D), or unchanged where the classifier runs on every token."""

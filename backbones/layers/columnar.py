@@ -6,7 +6,7 @@ Checkpoints of all families are fitted to a model by :func:`fit_checkpoint`.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from timm.layers import resample_patch_embed, trunc_normal_
@@ -23,12 +23,24 @@ from zoo.backbones.layers.class_token import (
 )
 from zoo.backbones.layers.position import record_input_size, resample_pos_embed
 
-__all__ = ["ColumnarBackbone", "FeatureSource", "fit_checkpoint"]
+__all__ = ["ColumnarBackbone", "FeatureSource", "Stream", "fit_checkpoint"]
 
 for _function in ("insert_class_tokens", "resample_pos_embed", "split_class_tokens"):
     torch.fx.wrap(_function)  # a single node for FX in this file too
 
 FeatureSource = Literal["stream", "mixer"]
+
+
+class Stream(NamedTuple):
+    """The residual stream between two blocks.
+
+    Attributes:
+        tokens: (B, L, D).
+        normed: The tokens through the norm that reads them next, where it was computed along with them; else None.
+    """
+
+    tokens: Tensor
+    normed: Tensor | None = None
 
 
 class ColumnarBackbone(Backbone):
@@ -166,13 +178,13 @@ class ColumnarBackbone(Backbone):
         return *self.embed(x), None
 
     def _advance(
-        self, index: int, stream: Tensor, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, index: int, stream: Stream, grid: tuple[int, int], context: Any, run: Callable[..., Tensor]
+    ) -> tuple[Stream, Tensor]:
         """Runs one block; returns the stream as the next block reads it, and the block's own output.
 
         Args:
             index: Which block.
-            stream: Tokens (B, L, D).
+            stream: What the block before has left.
             grid: Patch grid.
             context: The last thing that ``_stream`` returned.
             run: Calls a block with arguments, recomputing it in the backward if asked.
@@ -188,13 +200,17 @@ class ColumnarBackbone(Backbone):
         """The stream, which may be wider, in the dtype of the model's weights."""
         return stream.to(self.patch_embed.proj.weight.dtype)
 
+    def _final(self, stream: Stream) -> Tensor:
+        return self.norm(self._in_weight_dtype(stream.tokens)) if stream.normed is None else stream.normed
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, C, H, W) to normed tokens (B, L, D), class tokens in their places."""
         run = self._runner()
-        stream, grid, context = self._stream(x)
+        tokens, grid, context = self._stream(x)
+        stream = Stream(tokens)
         for index in range(len(self.blocks)):
             stream, _ = self._advance(index, stream, grid, context, run)
-        return self.norm(self._in_weight_dtype(stream))
+        return self._final(stream)
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens (B, L, D) to one feature (B, D), or unchanged with ``global_pool=""``."""
@@ -244,19 +260,20 @@ class ColumnarBackbone(Backbone):
             raise ValueError(f"source={source!r} is not known; use {' or '.join(map(repr, self.feature_sources))}")
         take_indices, last = feature_take_indices(len(self.blocks), indices)
         run = self._runner()
-        stream, grid, context = self._stream(x)
+        tokens, grid, context = self._stream(x)
+        stream = Stream(tokens)
         intermediates = []
         for index in range(last + 1 if stop_early else len(self.blocks)):
             stream, update = self._advance(index, stream, grid, context, run)
             if index in take_indices:
-                feature = self._normed_feature(index, stream if source == "stream" else update, norm)
+                feature = self._normed_feature(index, stream.tokens if source == "stream" else update, norm)
                 patches, class_tokens = self.split_tokens(feature)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, grid H, grid W)
                 intermediates.append((patches, class_tokens) if return_prefix_tokens else patches)
         if intermediates_only:
             return intermediates
-        return self.norm(self._in_weight_dtype(stream)), intermediates
+        return self._final(stream), intermediates
 
     def _normed_feature(self, index: int, feature: Tensor, norm: bool) -> Tensor:
         """The feature of a block through its own norm or, if asked, the final one."""

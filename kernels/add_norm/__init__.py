@@ -1,0 +1,53 @@
+"""Residual add and RMS norm in one pass: what stands between two blocks of a pre-norm column.
+
+Mamba fuses the two (Gu & Dao, arXiv 2312.00752, ``fused_add_norm`` in their code); the norm is that of Zhang and
+Sennrich, arXiv 1910.07467. For every row of D channels::
+
+    new_stream = stream + scale * update                                    # scale: one factor a sample, or none
+    normed     = new_stream / sqrt(mean(new_stream ** 2) + eps) * weight
+
+With a float32 stream and bfloat16 updates this reads 6 bytes an element and writes 6. The norm is that of the stream as
+it is returned, so that a 16-bit stream gives what two separate calls would. Sums are float32 (float64 for float64).
+"""
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.add_norm import op  # noqa: F401  (registers torch.ops.zoo.add_rms_norm)
+
+__all__ = ["add_rms_norm"]
+
+
+def add_rms_norm(
+    update: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    *,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Adds a block's output to the residual stream and norms the sum for the next block.
+
+    Args:
+        update: What the block before adds, (..., D) like ``stream``, or None before the first block.
+        stream: Residual stream, (..., D), D up to 8192, any strides (other than contiguous ones cost a copy). This and
+            ``update`` are float32, bfloat16, float16 or float64, each in its own dtype.
+        weight: Factors of the normed channels, (D,), any of these dtypes.
+        eps: Added to the mean square; 0 or more.
+        dtype: Dtype of the normed rows; default that of the new stream. The arithmetic does not depend on it.
+        scale: Factors of the update by sample, (B,) for a stream (B, ..., D), any of these dtypes: stochastic depth
+            drops a sample's update with a 0. It gets no gradient. Default: the update is added as it is.
+
+    Returns:
+        The normed rows and the new stream, both (..., D) and contiguous, the stream in the dtype of
+        ``stream + update``. Without an update the stream is returned as it was given.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together, or ``scale`` asks for a gradient; the message
+            names expected and given.
+    """
+    if scale is not None and scale.requires_grad:
+        raise ValueError("add_rms_norm: scale requires a gradient, which is not computed; pass scale.detach()")
+    outputs = torch.ops.zoo.add_rms_norm(stream, update, weight, scale, eps, dtype)
+    return outputs[0], stream if update is None else outputs[1]

@@ -1,0 +1,124 @@
+"""``torch.ops.zoo.add_rms_norm``: checks, backend dispatch, fake kernels and autograd.
+
+Canonical shapes, one for every caller: stream and update (..., D), weight (D,), scale (B,) where the stream is
+(B, ..., D); the result is [normed, new stream], both (..., D) and contiguous. Without an update it is [normed] alone:
+an op must not return what it was given.
+
+The new stream and the weight are kept for the backward, but not the inverse RMS of the rows: the backward holds whole
+rows and sums over them anyway, so that a second sum costs no memory traffic, while the inverse RMS would be one more
+tensor to write, to keep and to read. FLOPs are not counted, as torch counts none for norms.
+"""
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.registration import FLOAT_DTYPES, check_dtypes_and_devices, expect_shape, implementation, show
+
+OP = "add_rms_norm"
+MAX_CHANNELS = 8192  # the Triton kernels keep whole rows in registers
+
+
+def check_inputs(
+    stream: Tensor, update: Tensor | None, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype | None
+) -> None:
+    """Raises ValueError, naming expected and given, unless the inputs fit together."""
+    if stream.dim() == 0 or 0 in stream.shape:
+        raise ValueError(f"{OP}: stream {show(stream.shape)} must have shape (..., D) and at least one element")
+    D = stream.shape[-1]
+    if D > MAX_CHANNELS:
+        raise ValueError(f"{OP}: stream has {D} channels; at most {MAX_CHANNELS} are supported")
+    expect_shape(OP, "update", update, "..., D", tuple(stream.shape))
+    expect_shape(OP, "weight", weight, "D", (D,))
+    if scale is not None:
+        if update is None:
+            raise ValueError(f"{OP}: scale multiplies the update, but update is None; leave out scale")
+        if stream.dim() == 1:
+            raise ValueError(f"{OP}: scale needs samples, but stream has shape {show(stream.shape)}; use (1, D)")
+        expect_shape(OP, "scale", scale, "B", (stream.shape[0],))
+    if not eps >= 0:
+        raise ValueError(f"{OP}: eps is {eps}; it must be 0 or more")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{OP}: dtype is {dtype}; use one of {', '.join(map(str, FLOAT_DTYPES))}")
+    check_dtypes_and_devices(OP, dict(stream=stream, update=update, weight=weight, scale=scale), {}, None)
+
+
+def _sum_dtype(stream: Tensor, update: Tensor | None) -> torch.dtype:
+    """Dtype of the new stream."""
+    return stream.dtype if update is None else torch.promote_types(stream.dtype, update.dtype)
+
+
+def by_sample(scale: Tensor, x: Tensor) -> Tensor:
+    """The factors (B,) in the shape that multiplies x (B, ..., D)."""
+    return scale.view(-1, *[1] * (x.dim() - 1))
+
+
+@torch.library.custom_op("zoo::add_rms_norm", mutates_args=())
+def add_rms_norm_op(
+    stream: Tensor, update: Tensor | None, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """The normed rows and, if there is an update, the new stream."""
+    check_inputs(stream, update, weight, scale, eps, dtype)
+    dtype = dtype or _sum_dtype(stream, update)
+    return implementation("add_norm", stream.device).forward(stream, update, weight, scale, eps, dtype)
+
+
+@add_rms_norm_op.register_fake
+def _(stream, update, weight, scale, eps, dtype):
+    check_inputs(stream, update, weight, scale, eps, dtype)
+    normed = stream.new_empty(stream.shape, dtype=dtype or _sum_dtype(stream, update))
+    return [normed] if update is None else [normed, stream.new_empty(stream.shape, dtype=_sum_dtype(stream, update))]
+
+
+@torch.library.custom_op("zoo::add_rms_norm_backward", mutates_args=())
+def add_rms_norm_backward_op(
+    grad_normed: Tensor,
+    grad_stream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    stream_dtype: torch.dtype,
+    update_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Gradients of the old stream, of weight and, with a dtype for it, of the update; ``stream`` is the new one."""
+    return implementation("add_norm", stream.device).backward(
+        grad_normed, grad_stream, stream, weight, scale, eps, stream_dtype, update_dtype
+    )
+
+
+@add_rms_norm_backward_op.register_fake
+def _(grad_normed, grad_stream, stream, weight, scale, eps, stream_dtype, update_dtype):
+    gradients = [stream.new_empty(stream.shape, dtype=stream_dtype), weight.new_empty(weight.shape)]
+    return gradients if update_dtype is None else [*gradients, stream.new_empty(stream.shape, dtype=update_dtype)]
+
+
+def _setup_context(ctx, inputs, output):
+    stream, update, weight, scale, ctx.eps, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.stream_dtype, ctx.update_dtype = stream.dtype, None if update is None else update.dtype
+    ctx.save_for_backward(stream if update is None else output[1], weight, scale)
+
+
+def _backward_of_sum(ctx, grad_stream: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of stream and update where the normed rows were not used."""
+    if grad_stream is None:
+        return None, None
+    d_update = grad_stream if scale is None else grad_stream * by_sample(scale, grad_stream)
+    return grad_stream.to(ctx.stream_dtype), d_update.to(ctx.update_dtype)
+
+
+def _backward(ctx, grads):
+    stream, weight, scale = ctx.saved_tensors
+    grad_normed, grad_stream = grads if len(grads) > 1 else (grads[0], None)
+    if grad_normed is None:
+        return *_backward_of_sum(ctx, grad_stream, scale), None, None, None, None
+    # An update that was added as it is, in the stream's dtype, has the stream's gradient.
+    same = scale is None and ctx.update_dtype == ctx.stream_dtype
+    d_stream, d_weight, *rest = torch.ops.zoo.add_rms_norm_backward(
+        grad_normed, grad_stream, stream, weight, scale, ctx.eps, ctx.stream_dtype, None if same else ctx.update_dtype
+    )
+    d_update = d_stream if same else next(iter(rest), None)
+    return d_stream, d_update, d_weight, None, None, None
+
+
+add_rms_norm_op.register_autograd(_backward, setup_context=_setup_context)

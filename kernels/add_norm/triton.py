@@ -1,0 +1,167 @@
+"""Residual add and RMS norm in Triton: every row is read and written once, forward and backward.
+
+A program holds whole rows in registers, ELEMENTS numbers to a lane: several rows with one warp if D is small, one row
+with up to 16 warps if it is large. D is known at compile time, so that rows are read 16 bytes at a time wherever
+D is a multiple of 8.
+
+Backward programs stay: each walks over tiles of rows, as far apart as there are programs, and adds up its part of the
+weight's gradient in registers. It ends in the program's own row of a buffer, which is added up afterwards: no atomics,
+so every call gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.kernels._triton import device_guard, multiprocessors
+from zoo.kernels.registration import accumulate_dtype
+
+__all__ = ["backward", "forward"]
+
+ELEMENTS = 16  # of a row, or of several, in a lane; the backward has five such tiles in registers
+MOST_ROWS = 32  # of a tile: what is known of a row takes registers too
+RESIDENT_WARPS = 12  # of backward programs on a multiprocessor: 60 KB of loads in flight, at up to 168 registers
+
+
+@triton.jit
+def _tile(first, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers of the rows from ``first`` on (ROWS,), offsets from the first row and mask of their elements."""
+    row = tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    return first + row, row[:, None] * D + channel[None, :], (first + row < rows)[:, None] & (channel < D)[None, :]
+
+
+@triton.jit
+def _load_weight(weight, D: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """All factors, (1, BLOCK)."""
+    channel = tl.arange(0, BLOCK)
+    return tl.load(weight + channel, mask=channel < D, other=0.0).to(dtype)[None, :]
+
+
+@triton.jit
+def _load_scale(scale, row, rows, rows_per_sample, dtype: tl.constexpr):
+    """The factors of the rows' samples, (ROWS, 1)."""
+    return tl.load(scale + row // rows_per_sample, mask=row < rows, other=0.0).to(dtype)[:, None]
+
+
+@triton.jit
+def _inverse_rms(x, row, rows, D: tl.constexpr, EPS: tl.constexpr):
+    """1 / sqrt(mean square + eps) of every row, (ROWS, 1); finite for rows that are not there, also if eps is 0."""
+    return tl.rsqrt(tl.where(row < rows, tl.sum(x * x, axis=1) / D + EPS, 1.0))[:, None]
+
+
+@triton.jit
+def _forward_kernel(
+    stream, update, weight, scale, normed, total, rows, rows_per_sample, EPS: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_SCALE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, offset, mask = _tile(first, rows, D, ROWS, BLOCK)
+    x = tl.load(stream + first * D + offset, mask=mask, other=0.0).to(dtype)
+    factors = _load_weight(weight, D, BLOCK, dtype)
+    if HAS_UPDATE:
+        added = tl.load(update + first * D + offset, mask=mask, other=0.0).to(dtype)
+        if HAS_SCALE:
+            added *= _load_scale(scale, row, rows, rows_per_sample, dtype)
+        rounded = (x + added).to(total.dtype.element_ty)
+        tl.store(total + first * D + offset, rounded, mask=mask)
+        x = rounded.to(dtype)
+    y = x * _inverse_rms(x, row, rows, D, EPS) * factors
+    tl.store(normed + first * D + offset, y, mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_normed, grad_stream, stream, weight, scale, d_stream, d_update, sums, rows, rows_per_sample,
+    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_GRAD_STREAM: tl.constexpr,
+    HAS_SCALE: tl.constexpr, WRITES_UPDATE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    factors = _load_weight(weight, D, BLOCK, dtype)
+    d_weight = tl.zeros((ROWS, BLOCK), dtype)
+    for first in range(tl.program_id(0).to(tl.int64) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row, offset, mask = _tile(first, rows, D, ROWS, BLOCK)
+        x = tl.load(stream + first * D + offset, mask=mask, other=0.0).to(dtype)
+        g = tl.load(grad_normed + first * D + offset, mask=mask, other=0.0).to(dtype)
+        if HAS_GRAD_STREAM:  # all loads before the sums, which would wait for one after the other
+            passed_on = tl.load(grad_stream + first * D + offset, mask=mask, other=0.0).to(dtype)
+        if HAS_SCALE:
+            sample_scale = _load_scale(scale, row, rows, rows_per_sample, dtype)
+        inverse = _inverse_rms(x, row, rows, D, EPS)
+        along_x = tl.sum(g * factors * x, axis=1)[:, None] * inverse / D
+        x *= inverse
+        d_weight += g * x
+        d_x = inverse * (g * factors - x * along_x)
+        if HAS_GRAD_STREAM:
+            d_x += passed_on
+        tl.store(d_stream + first * D + offset, d_x, mask=mask)
+        if WRITES_UPDATE:
+            if HAS_SCALE:
+                d_x *= sample_scale
+            tl.store(d_update + first * D + offset, d_x, mask=mask)
+    channel = tl.arange(0, BLOCK)
+    tl.store(sums + tl.program_id(0) * D + channel, tl.sum(d_weight, axis=0), mask=channel < D)
+
+
+def _options(exact: torch.dtype, D: int, eps: float) -> dict:
+    """Compile-time arguments of both kernels."""
+    block = triton.next_power_of_2(D)
+    tile = 32 * ELEMENTS  # of a warp
+    return dict(
+        EPS=float(eps),  # at run time it would be rounded to float32
+        D=D,
+        ROWS=min(triton.cdiv(tile, block), MOST_ROWS),
+        BLOCK=block,
+        dtype=tl.float64 if exact == torch.float64 else tl.float32,
+        num_warps=triton.cdiv(block, tile),
+    )
+
+
+def forward(
+    stream: Tensor, update: Tensor | None, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """The normed rows in ``dtype`` and, if there is an update, the new stream, from the inputs of ``op.py``."""
+    D = stream.shape[-1]
+    rows = stream.numel() // D
+    normed, total = stream.new_empty(stream.shape, dtype=dtype), None
+    if update is not None:
+        total = stream.new_empty(stream.shape, dtype=torch.promote_types(stream.dtype, update.dtype))
+    options = _options(accumulate_dtype(stream if total is None else total), D, eps)
+    with device_guard(stream.device):
+        _forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
+            stream.contiguous(), None if update is None else update.contiguous(), weight.contiguous(),
+            None if scale is None else scale.contiguous(), normed, total, rows, rows // stream.shape[0],
+            HAS_UPDATE=update is not None, HAS_SCALE=scale is not None, **options,
+        )  # fmt: skip
+    return [normed] if total is None else [normed, total]
+
+
+def backward(
+    grad_normed: Tensor,
+    grad_stream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    stream_dtype: torch.dtype,
+    update_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Gradients of the old stream, of weight and, with a dtype for it, of the update."""
+    D = stream.shape[-1]
+    rows = stream.numel() // D
+    exact = accumulate_dtype(stream)
+    options = _options(exact, D, eps)
+    resident = multiprocessors(stream.device) * max(1, RESIDENT_WARPS // options["num_warps"])
+    programs = min(triton.cdiv(rows, options["ROWS"]), resident)
+    d_stream = stream.new_empty(stream.shape, dtype=stream_dtype)
+    d_update = None if update_dtype is None else stream.new_empty(stream.shape, dtype=update_dtype)
+    sums = stream.new_empty(programs, D, dtype=exact)
+    with device_guard(stream.device):
+        _backward_kernel[(programs,)](
+            grad_normed.contiguous(), None if grad_stream is None else grad_stream.contiguous(), stream.contiguous(),
+            weight.contiguous(), None if scale is None else scale.contiguous(), d_stream, d_update, sums, rows,
+            rows // stream.shape[0], HAS_GRAD_STREAM=grad_stream is not None, HAS_SCALE=scale is not None,
+            WRITES_UPDATE=update_dtype is not None, **options,
+        )  # fmt: skip
+    d_weight = sums.sum(0).to(weight.dtype)
+    return [d_stream, d_weight] if d_update is None else [d_stream, d_weight, d_update]
