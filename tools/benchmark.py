@@ -3,10 +3,13 @@
     python -m zoo.tools.benchmark ops                              # on the GPU if there is one
     python -m zoo.tools.benchmark ops --only cross_scan ssd
     python -m zoo.tools.benchmark ops --device cpu --json results/ops.json
+    python -m zoo.tools.benchmark models --models vim_tiny_patch16_224 deit_tiny_patch16_224
+    python -m zoo.tools.benchmark models --models vim_tiny_patch16_224 deit_tiny_patch16_224 --img-size 224 512 1248 \\
+        --batch-size 256 64 8 --mode infer train latency --cuda-graph --json models.json --plot models.png
 
-Every time is the median of several runs after a warm-up, and all rows of one table come from the same run. Peers are
-measured when they are installed: the step-by-step recurrence everybody writes first (always, on CPUs), mambapy's
-parallel scan (``pip install mambapy``) and mamba_ssm's kernels.
+Every time is the median of several runs after a warm-up, and all rows of one table come from the same run. Peers of ops
+are measured when they are installed: the step-by-step recurrence everybody writes first (always, on CPUs), mambapy's
+parallel scan (``pip install mambapy``) and mamba_ssm's kernels. Peers of models are timm's.
 """
 
 import argparse
@@ -17,14 +20,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import timm
 import torch
 
 import zoo
 from zoo.kernels import backend
-from zoo.tools.benchmarks import ops
+from zoo.tools.benchmarks import models, ops
 from zoo.tools.benchmarks.measure import Machine
 
-SUBJECTS = {"ops": ops}
+SUBJECTS = {"ops": ops, "models": models}
 
 
 def environment(machine: Machine, arguments: Sequence[str]) -> dict[str, str]:
@@ -39,6 +43,7 @@ def environment(machine: Machine, arguments: Sequence[str]) -> dict[str, str]:
         zoo=zoo.__version__,
         commit=_commit(),
         torch=torch.__version__,
+        timm=timm.__version__,
     )
 
 
@@ -69,9 +74,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the tool and returns its exit status."""
+    """Runs the tool and returns its exit status: 0 done, 1 failed; options that do not fit end it with 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
     machine = Machine(
         options.device,
@@ -80,7 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     about = environment(machine, arguments)
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    results = SUBJECTS[options.subject].run(machine, options)
+    try:
+        results = SUBJECTS[options.subject].run(machine, options)
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(dict(environment=about, **results), indent=1))

@@ -21,14 +21,19 @@ from torch.utils.benchmark import Timer
 
 __all__ = [
     "Machine",
+    "allocate_workspace",
+    "attempt",
+    "capture",
     "copy_bandwidth",
     "exponentials_ms",
+    "free_memory",
     "host_milliseconds",
     "measure",
     "milliseconds",
     "peak_mib",
     "peer",
     "plan_calls",
+    "seconds_per_call",
 ]
 
 PAUSE_CYCLES = 150_000_000  # some 80 ms of a busy device, in which the host queues calls
@@ -149,6 +154,50 @@ def host_milliseconds(function: Callable[[], object], machine: Machine) -> float
     return statistics.median(times) * 1e3
 
 
+def seconds_per_call(function: Callable[[], object], calls: int, machine: Machine) -> float:
+    """Mean wall-clock seconds of calls that are issued one after another; on a GPU until the last has ended there."""
+    _synchronize(machine)
+    started = time.perf_counter()
+    for _ in range(calls):
+        function()
+    _synchronize(machine)
+    return (time.perf_counter() - started) / calls
+
+
+def _synchronize(machine: Machine) -> None:
+    if machine.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def capture(function: Callable[[], Tensor], pool: tuple[int, int] | None = None) -> Callable[[], Tensor]:
+    """Captures a function in a CUDA graph, after calls that warm it up on another stream.
+
+    Args:
+        function: Reads and writes the same memory in every call, never waits for the GPU, and leaves no gradients, as
+            those it makes belong in the graph's own memory. Weights that autocast casts must not be cached.
+        pool: Memory that graphs share, from ``torch.cuda.graph_pool_handle()``; the graphs may be replayed in any
+            order if none reads what another replay left there. Default the graph's own.
+
+    Returns:
+        A function that replays the graph and returns the captured call's result, which the next replay overwrites.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what libraries set up in first calls on a stream must not be captured
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def peak_mib(function: Callable[[], object]) -> float:
     """Most GPU memory allocated during a call beyond what was before, in MiB; what the call returns counts."""
     gc.collect()
@@ -160,6 +209,28 @@ def peak_mib(function: Callable[[], object]) -> float:
     peak = torch.cuda.max_memory_allocated() - before
     del result
     return peak / 2**20
+
+
+def allocate_workspace(machine: Machine) -> None:
+    """Makes the GPU's matrix library take its workspace now, or it would count as memory of what is measured first."""
+    x = torch.ones(16, 16, device=machine.device, dtype=machine.dtype)
+    torch.nn.functional.linear(x, x, x[0])
+
+
+def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
+    """What a function returns, and "" or why it failed."""
+    try:
+        return function(), ""
+    except torch.OutOfMemoryError:
+        return None, "out of memory"
+    except Exception as error:  # a model that is given a size it is not made for can raise nearly anything
+        return None, f"{type(error).__name__}: {error}"
+
+
+def free_memory() -> None:
+    """Returns what nobody holds any longer to the device."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 def copy_bandwidth(machine: Machine) -> float:
