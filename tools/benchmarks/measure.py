@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,12 +191,13 @@ def capture(function: Callable[[], Tensor], pool: tuple[int, int] | None = None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         result = function()
+    return partial(_replay, graph, result, function)
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
 
-    return replay
+def _replay(graph: torch.cuda.CUDAGraph, result: Tensor, function: Callable[[], Tensor]) -> Tensor:
+    """Replays a graph; the function is only held, as the graph reads and writes the tensors that it holds."""
+    graph.replay()
+    return result
 
 
 def peak_mib(function: Callable[[], object]) -> float:
