@@ -123,20 +123,16 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", GPU]
 
 
-def run_op(case: Case, inputs: dict, cotangents: tuple[Tensor, Tensor], backend_name: str) -> dict[str, Tensor]:
+def run_op(case: Case, inputs: dict, cotangents: tuple, backend_name: str, for_backward: str = "") -> dict[str, Tensor]:
     """Output, last state and all gradients by the op."""
     given = {name: x for name, x in inputs.items() if x is not None}
     with use_backend(backend_name):
+        table, inputs_in_order = case.paths(str(inputs["u"].device)), [inputs[name] for name in NAMES]
         out, last_state, _ = torch.ops.zoo.selective_scan(
-            *(inputs[name] for name in NAMES),
-            case.paths(str(inputs["u"].device)),
-            case.softplus,
-            case.reverse,
-            case.window,
-            case.complete,
-            True,
+            *inputs_in_order, table, case.softplus, case.reverse, case.window, case.complete, True
         )
-        loss = (out.double() * cotangents[0]).sum() + (last_state.double() * cotangents[1]).sum()
+    loss = (out.double() * cotangents[0]).sum() + (last_state.double() * cotangents[1]).sum()
+    with use_backend(for_backward or backend_name):
         grads = torch.autograd.grad(loss, list(given.values()))
     return dict(out=out, last_state=last_state, **dict(zip(given, grads, strict=True)))
 
@@ -191,6 +187,14 @@ def test_precision_interpreted(dtype, tolerance, case_name):
     case = CASES[case_name]
     inputs, cotangents = case.inputs(dtype, "cpu"), cotangents_for(case, "cpu")
     assert_close(run_op(case, inputs, cotangents, "triton"), run_reference(case, inputs, cotangents), tolerance)
+
+
+@pytest.mark.parametrize("forward, backward", [("reference", "cpu"), ("cpu", "reference")])
+def test_backend_may_change_before_the_backward(forward, backward):
+    """As it does when only the forward runs inside ``use_backend``: what one saves, another must understand."""
+    case = CASES["window_table"]
+    inputs, cotangents = case.inputs(torch.float64, "cpu"), cotangents_for(case, "cpu")
+    assert_close(run_op(case, inputs, cotangents, forward, backward), run_reference(case, inputs, cotangents), 1e-9)
 
 
 @pytest.mark.interpreted

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.registration import accumulate_dtype, path_length, without_autocast
-from zoo.kernels.selective_scan.op import num_chunks
+from zoo.kernels.selective_scan.op import CHUNK, num_chunks
 
 __all__ = ["backward", "forward", "selective_scan_reference"]
 
@@ -51,10 +51,30 @@ def selective_scan_reference(
     window: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output (B, L, D) in u's dtype and the last states (B, K, D, N)."""
+    return _scan(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window)[:2]
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    paths: Tensor | None,
+    delta_softplus: bool,
+    reverse: list[bool],
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As above, and the states before every CHUNK steps, (B, K, chunks, D, N), zero where a path has ended."""
     dtype = accumulate_dtype(u)
     K, L, channels_per_group = A.shape[0], u.shape[2], A.shape[1] // B.shape[3]
     merged = torch.zeros(u.shape[0], L, A.shape[1], dtype=dtype, device=u.device)
     last_states = []
+    states = torch.zeros(u.shape[0], K, num_chunks(path_length(u, paths)), *A.shape[1:], dtype=dtype, device=u.device)
     for k in range(K):
         tokens = _walk(paths, k, L, reverse[k], u.device)
         u_k = _read(u[:, min(k, u.shape[1] - 1)], tokens, dtype)  # (B, P, D)
@@ -72,6 +92,8 @@ def selective_scan_reference(
             h = initial_state[:, k].to(dtype)
         outputs = []
         for t in range(len(tokens)):
+            if t % CHUNK == 0:
+                states[:, k, t // CHUNK] = h.detach()
             h = torch.exp(step[:, t, :, None] * A_k) * h + (step[:, t] * u_k[:, t])[..., None] * B_k[:, t]
             outputs.append((h * C_k[:, t]).sum(-1))
         future = torch.zeros_like(h)  # what later tokens of the window hand back
@@ -89,7 +111,7 @@ def selective_scan_reference(
 
     if z is not None:
         merged = merged * F.silu(z.to(dtype))
-    return merged.to(u.dtype), torch.stack(last_states, dim=1)
+    return merged.to(u.dtype), torch.stack(last_states, dim=1), states
 
 
 @without_autocast
@@ -110,13 +132,12 @@ def forward(
     complete: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's forward; the backward below recomputes from the start, so the boundary states stay zero."""
-    out, last_state = selective_scan_reference(
+    """The op's forward. The backward below recomputes from the start, but that of another backend may follow."""
+    out, last_state, states = _scan(
         u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window
     )
-    chunks = num_chunks(path_length(u, paths)) if save_states else 0
     last_state = last_state.transpose(2, 3).contiguous().transpose(2, 3)  # the op's memory layout
-    return out, last_state, last_state.new_zeros(u.shape[0], A.shape[0], chunks, A.shape[2], A.shape[1])
+    return out, last_state, (states if save_states else states[:, :, :0]).transpose(3, 4).contiguous()
 
 
 @without_autocast

@@ -49,7 +49,14 @@ from zoo.kernels.selective_scan.triton_regions import (
     region_gradient_kernel,
     side_by_side,
 )
-from zoo.kernels.selective_scan.triton_sums import add_partials_kernel, add_paths, channel_sums, pair_selector
+from zoo.kernels.selective_scan.triton_sums import (
+    add_partials_kernel,
+    add_paths,
+    channel_sums,
+    pair_selector,
+    quad_sums,
+    store_pair_sums,
+)
 
 __all__ = ["backward"]
 
@@ -95,6 +102,7 @@ def scan_gradient_kernel(
     STATE: tl.constexpr = BLOCK_N * BLOCK_D
     PARKS: tl.constexpr = SEGMENT < CHUNK  # else segments start from saved states
     SLOTS: tl.constexpr = SPAN // SEGMENT
+    PAIRS: tl.constexpr = MATRIX and COARSE and BLOCK_N == 16 and SEGMENT == 2 and WINDOW == 1
     WINDOW_OR_UNROLL: tl.constexpr = min(WINDOW, UNROLL)
     WINDOW_OR_SEGMENT: tl.constexpr = min(WINDOW, SEGMENT)
     if PARKS:
@@ -288,6 +296,9 @@ def scan_gradient_kernel(
                     ys = ()
                     of_Bs = ()
                     of_Cs = ()
+                    tokens_t = ()
+                    visits_t = ()
+                    sums_t = ()
                     for j in tl.static_range(SEGMENT - 1, -1, -1):
                         step, u_j = sizes[j], u_t[j].to(ACC)
                         B_j, C_j = split_projections(BC_t[j])
@@ -335,15 +346,23 @@ def scan_gradient_kernel(
                             of_Cs = (tl.reshape(of_C, (BLOCK_D,)),) + of_Cs
                         else:
                             token = token_at(table, row, P, start + j, end, steps, backwards, HAS_TABLE, OFFSET)
-                            slot_mask = n_mask & inside
+                            visits_j = inside
                             if HOLES:
-                                slot_mask = slot_mask & (token >= 0)
+                                visits_j = visits_j & (token >= 0)
+                        if PAIRS:
+                            tokens_t = (token,) + tokens_t
+                            visits_t = (visits_j,) + visits_t
+                            sums_t = (quad_sums(of_B, selector, PTX), quad_sums(of_C, selector, PTX)) + sums_t
+                        elif BLOCK_N > 1:
+                            slot_mask = n_mask & visits_j
                             dB_j = channel_sums(of_B, selector, MATRIX, COARSE)
                             dC_j = channel_sums(of_C, selector, MATRIX, COARSE)
                             tl.store(partial_at + token * packed_l + n, dB_j, mask=slot_mask)
                             tl.store(partial_at + token * packed_l + n + BLOCK_N, dC_j, mask=slot_mask)
                         h = before[j]
 
+                    if PAIRS:
+                        store_pair_sums(partial_at, sums_t, tokens_t, visits_t, packed_l, N)
                     visits = start + tl.arange(0, SEGMENT) < end
                     if HOLES:
                         visits = visits & (tokens >= 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import device_guard
 
-__all__ = ["add_partials_kernel", "add_paths", "channel_sums", "pair_selector"]
+__all__ = ["add_partials_kernel", "add_paths", "channel_sums", "pair_selector", "quad_sums", "store_pair_sums"]
 
 
 @triton.jit
@@ -59,6 +59,45 @@ def channel_sums(x, selector, MATRIX: tl.constexpr, COARSE: tl.constexpr):
         sums = tl.sum(tl.reshape(sums, (2, sums.shape[0] // 2, 8)), 1)
         sums = tl.reshape(tl.permute(sums, (1, 0)), (16,))
     return sums
+
+
+@triton.jit
+def quad_sums(x, selector, PTX: tl.constexpr):
+    """Sums of x (16, D) over the four channels of a quad: (half of the states and quad, pair of states).
+
+    In bfloat16, which halves what is exchanged later, but for Triton's interpreter, which cannot multiply it.
+    """
+    sums = tl.dot(lane_rows(x, True), selector, input_precision="tf32")
+    if PTX:
+        sums = sums.to(tl.bfloat16)
+    return sums
+
+
+@triton.jit
+def store_pair_sums(to, sums, tokens, visited, row_stride, N: tl.constexpr):
+    """Stores the sums over channels for two tokens, of dB and of dC each, once the quads' are known.
+
+    They are added on the matrix unit, which gives every lane the sums of both halves of the states. Lanes pick one of
+    the four tensors, so that a single store takes them all.
+
+    Args:
+        to: Where the sums of token 0 are stored, N of dB and, 16 further on, N of dC.
+        sums: ``quad_sums`` of dB and dC of the first token, then of the second.
+        tokens: The two tokens.
+        visited: Whether they are to be stored.
+        row_stride: Distance between tokens.
+    """
+    ROWS: tl.constexpr = sums[0].shape[0]
+    row = tl.arange(0, 16)
+    half = (tl.arange(0, ROWS) // (ROWS // 2))[None, :] == (row % 2)[:, None]
+    which = (row // 2)[:, None]
+    total = tl.dot(half.to(sums[0].dtype), sums[0])
+    for i in tl.static_range(1, 4):
+        total = tl.where(which == i, tl.dot(half.to(sums[0].dtype), sums[i]), total)
+    n = 2 * tl.arange(0, 8)[None, :] + (row % 2)[:, None]
+    token = tl.where(which < 2, tokens[0], tokens[1])
+    mask = (which < 4) & (n < N) & tl.where(which < 2, visited[0], visited[1])
+    tl.store(to + (token * row_stride + which % 2 * 16 + n), total, mask=mask)
 
 
 @triton.jit
