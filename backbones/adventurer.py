@@ -32,6 +32,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import unwrap_checkpoint
 from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
 from zoo.backbones.layers.patch_embed import PatchEmbed
@@ -83,8 +84,8 @@ class AdventurerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Stream (B, N + 1, D) to stream (B, N + 1, D)."""
-        x = x + self.drop_path(self.mix(self.norm(x)))
-        return x + self.drop_path(self.mlp(self.norm_mlp(x)))
+        x, normed = add_norm(x, self.mix(self.norm(x)), self.norm_mlp, self.drop_path)
+        return x + self.drop_path(self.mlp(normed))
 
 
 class Adventurer(ColumnarBackbone):

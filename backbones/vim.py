@@ -49,7 +49,6 @@ from zoo.registry import build_model_with_cfg, packaged_weights
 
 __all__ = ["VisionMamba"]
 
-torch.fx.wrap("add_norm")
 torch.fx.wrap("rotary_table")  # a single node for FX in this file too
 
 NORM_LAYERS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
@@ -93,23 +92,6 @@ class VimBlock(nn.Module):
     def add(self, stream: Tensor, update: Tensor) -> Tensor:
         """The stream after this block, in the stream's dtype or wider."""
         return stream + self.drop_path(update)
-
-    def add_and_norm(
-        self, stream: Tensor, update: Tensor, norm: nn.RMSNorm, final: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The stream after this block and, in the same pass, what the next norm makes of it.
-
-        Args:
-            stream: (B, L, D) in any float dtype.
-            update: This block's output.
-            norm: What reads the stream next.
-            final: Whether that is the final norm; another one's output is read by a layer that autocast narrows.
-        """
-        scale = None
-        if self.training and isinstance(self.drop_path, DropPath):
-            scale = self.drop_path(torch.ones_like(stream[:, 0, 0]))
-        normed, stream = add_norm(update, stream, norm.weight, norm.eps, scale, not final)
-        return stream, normed
 
 
 class VimBlockPair(nn.Module):
@@ -289,7 +271,7 @@ class VisionMamba(ColumnarBackbone):
         if table is None or index == self.depth - 1:  # the final norm reads the stream unturned
             norm = self.norm if index == len(self.blocks) - 1 else getattr(self.blocks[index + 1], "norm", None)
             if isinstance(block, VimBlock) and isinstance(norm, nn.RMSNorm):
-                return Stream(*block.add_and_norm(tokens, update, norm, final=norm is self.norm)), update
+                return Stream(*add_norm(tokens, update, norm, block.drop_path, narrow=norm is not self.norm)), update
             return Stream(block.add(tokens, update)), update
         if self.rope_residual:
             return Stream(_turn(block.add(tokens, update), table)), update
