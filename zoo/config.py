@@ -189,7 +189,8 @@ class TrainConfig:
         seed: Seed of initial weights, order and augmentation.
         precision: ``fp32``, or ``bf16`` or ``fp16`` automatic mixed precision.
         compile: Run the model through ``torch.compile``.
-        grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        grad_checkpointing: Recompute activations in the backward pass: less memory, more time. ``block`` for whole
+            blocks; ``scan`` in Vim and its relatives for what lies between a mixer's projections; default none.
         ema_decay: Decay per update of a moving average of the weights, which is then what is evaluated and kept;
             default none.
         cpu: Train on the CPU even if there is a GPU.
@@ -204,12 +205,13 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"
     compile: bool = False
-    grad_checkpointing: bool = False
+    grad_checkpointing: str | None = None
     ema_decay: float | None = None
     cpu: bool = False
 
     def __post_init__(self) -> None:
         _require_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        _require_choice("grad_checkpointing", self.grad_checkpointing, (None, "block", "scan"))
         mixing = self.augment.mixup > 0 or self.augment.cutmix > 0
         _require(
             not mixing or self.data.batch_size % 2 == 0,

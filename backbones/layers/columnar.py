@@ -28,6 +28,7 @@ __all__ = ["ColumnarBackbone", "FeatureSource", "Stream", "fit_checkpoint"]
 for _function in ("insert_class_tokens", "resample_pos_embed", "split_class_tokens"):
     torch.fx.wrap(_function)  # a single node for FX in this file too
 
+CheckpointScope = Literal["block", "scan"]
 FeatureSource = Literal["stream", "mixer"]
 
 
@@ -123,9 +124,24 @@ class ColumnarBackbone(Backbone):
         return dict(stem=r"^cls_token|^pos_embed|^patch_embed", blocks=blocks)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are recomputed in the backward instead of kept."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, scope: CheckpointScope = "block") -> None:
+        """Whether activations are computed again in the backward instead of kept.
+
+        Args:
+            enable: Whether any are.
+            scope: ``"block"`` for whole blocks, of which only the input is kept; ``"scan"`` for what lies between the
+                projections of a mixer, most of the memory but a part of the work, in families that can.
+
+        Raises:
+            ValueError: If the family knows no such scope.
+        """
+        mixers = [module for module in self.blocks.modules() if hasattr(module, "grad_checkpointing")]
+        if scope not in ("block", "scan") or (scope == "scan" and not mixers):
+            known = "'block' or 'scan'" if mixers else "'block'"
+            raise ValueError(f"scope={scope!r} is not known to {type(self).__name__}; use {known}")
+        self.grad_checkpointing = enable and scope == "block"
+        for mixer in mixers:
+            mixer.grad_checkpointing = enable and scope == "scan"
 
     @torch.jit.ignore
     def set_input_size(

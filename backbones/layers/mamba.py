@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
-from timm.models import register_notrace_function
+from timm.models import checkpoint, register_notrace_function
 from torch import Tensor, nn
 
 from zoo.backbones.layers.recurrence import init_decays, init_steps, negative_exp
@@ -74,6 +74,9 @@ class MambaMixer(nn.Module):
         window: Steps of a locally bidirectional window on every path (LBMamba, arXiv 2506.15976), a power of two up to
             16; 1 for a plain scan, None for :func:`local_window` of the sequence's length.
 
+    Attributes:
+        grad_checkpointing: Whether all between the two projections is computed again in the backward instead of kept.
+
     Raises:
         ValueError: If ``directions``, ``merge`` or ``window`` is not one of the above.
     """
@@ -108,6 +111,7 @@ class MambaMixer(nn.Module):
         paths = len(self.reverse)  # K
         sets = 1 if directions == "shared" else paths  # S
         self.window = window
+        self.grad_checkpointing = False
         self.conv_reverse = self.reverse[:sets]
         self.splits = [rank, d_state, d_state]
         self.output_factor = 1 / paths if merge == "mean" else 1.0
@@ -150,14 +154,23 @@ class MambaMixer(nn.Module):
         Returns:
             Tokens (B, L, D).
         """
-        length = x.shape[1]
-        K = len(self.reverse)
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) views of one GEMM's output
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        y = checkpoint(self._scan, x, z, paths, preserve_rng_state=False) if recompute else self._scan(x, z, paths)
+        out = self.out_proj(y)
+        if self.gamma is not None:
+            out = out * self.gamma
+        # The paths are added inside the scan; the mean is taken here, where rows are narrowest.
+        return out if self.output_factor == 1.0 else out * self.output_factor
+
+    def _scan(self, x: Tensor, z: Tensor, paths: Tensor | None) -> Tensor:
+        """Convolves tokens and scans them with steps, B and C made of them; x, the gate z and the result (B, L, E)."""
+        K, length = len(self.reverse), x.shape[1]
         u = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", reverse=self.conv_reverse)
         low_rank, B, C = stacked_linear(u.transpose(0, 1), self.x_proj_weight).split(self.splits, dim=-1)
         delta = stacked_linear(low_rank, self.dt_proj_weight)
         delta, B, C = (t.transpose(0, 1).expand(-1, K, -1, -1) for t in (delta, B, C))  # (B, K, L, E or N), views
-        y = selective_scan(
+        return selective_scan(
             u,
             delta,
             negative_exp(self.A_log),
@@ -171,11 +184,6 @@ class MambaMixer(nn.Module):
             reverse=self.reverse,
             window=local_window(length) if self.window is None else self.window,
         )
-        out = self.out_proj(y)
-        if self.gamma is not None:
-            out = out * self.gamma
-        # The paths are added inside the scan; the mean is taken here, where rows are narrowest.
-        return out if self.output_factor == 1.0 else out * self.output_factor
 
 
 def stack_mixer_parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

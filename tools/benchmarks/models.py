@@ -66,12 +66,14 @@ class Plan:
         rounds: How often every model has its turn.
         compile: Whether models are compiled, without graph breaks.
         cuda_graph: Whether steps are captured and replayed.
+        recompute: What of the models is computed again in the backward: ``block``, ``scan`` or None.
     """
 
     machine: Machine
     rounds: int
     compile: bool = False
     cuda_graph: bool = False
+    recompute: str | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward.
@@ -202,8 +204,9 @@ def prepare(
     images = torch.randn(batch_size, channels, img_size, img_size, device=machine.device)
     if plan.compile:
         model.compile(fullgraph=True, dynamic=False)  # sizes of another model must not make this one's dynamic
+    if plan.recompute:
+        model.set_grad_checkpointing(**({} if plan.recompute == "block" else {"scope": plan.recompute}))
     step = mode.step(model, images, plan)
-
     row: Row = dict(param_count=sum(parameter.numel() for parameter in model.parameters()) / 1e6)
     started = time.perf_counter()
     for _ in range(WARM_UP):
@@ -421,11 +424,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", nargs="+", type=_positive, default=[64], metavar="N", help="one, or one a size; default 64"
     )
-    parser.add_argument(
-        "--mode", nargs="+", choices=tuple(MODES), default=["infer", "train"], help="default infer train"
-    )
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["infer", "train"], help="default infer train")
     parser.add_argument("--compile", action="store_true", help="torch.compile, without graph breaks")
     parser.add_argument("--cuda-graph", action="store_true", help="capture steps once and replay them (GPUs only)")
+    parser.add_argument("--recompute", choices=("block", "scan"), help="set_grad_checkpointing of this scope")
     parser.add_argument("--baseline", metavar="NAME", help="model that ratios refer to; default the first")
     parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="turns of every model; default 5")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the numbers against the size, a .png file")
@@ -461,7 +463,7 @@ def run(machine: Machine, options: argparse.Namespace) -> dict[str, Any]:
     names = list(dict.fromkeys(options.models))
     modes = [mode_name for mode_name in MODES if mode_name in options.mode]
     baseline = options.baseline or names[0]
-    plan = Plan(machine, options.rounds, options.compile, options.cuda_graph)
+    plan = Plan(machine, options.rounds, options.compile, options.cuda_graph, options.recompute)
     if machine.device == "cuda":
         torch.backends.cudnn.benchmark = True  # as timm's benchmark does
         allocate_workspace(machine)

@@ -53,8 +53,10 @@ def build_model(
     model = zoo.create_model(config.model.name, pretrained=config.model.pretrained, **kwargs)
     if config.model.checkpoint:
         _start_from(model, config.model.checkpoint)
-    if config.grad_checkpointing:
+    if config.grad_checkpointing == "block":
         model.set_grad_checkpointing()
+    elif config.grad_checkpointing:
+        model.set_grad_checkpointing(scope=config.grad_checkpointing)
     preprocessing = resolve_preprocessing(config.data, data, model)
     return model, ModelCard(config.model.name, kwargs, tuple(names), preprocessing, data=config.data.name)
 
