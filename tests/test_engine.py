@@ -307,3 +307,25 @@ def test_two_processes_train_one_model(tmp_path):
 def test_recipe_trains_on_the_gpu(tmp_path):
     result = train(load_config("vim/micro_digits", [f"output={tmp_path}", "precision=bf16", "compile=true"]))
     assert result.log[-1]["top1"] > 95
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_captured_training_equals_eager_training(tmp_path, precision):
+    losses = []
+    for captured in ("false", "true"):
+        options = [
+            f"output={tmp_path / captured}",
+            f"precision={precision}",
+            f"cuda_graph={captured}",
+            "optim.epochs=2",
+        ]
+        losses.append(train(load_config("vim/micro_digits", options)).log[-1]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if precision == "fp32" else 2e-2)
+
+
+def test_graphs_need_a_gpu_and_exclude_compilation(tmp_path):
+    with pytest.raises(ValueError, match="cuda_graph=true needs one GPU, not 1 processes on cpu"):
+        train(small_config(tmp_path, "cuda_graph=true", "cpu=true"))
+    with pytest.raises(ValueError, match="compile and cuda_graph exclude each other"):
+        small_config(tmp_path, "cuda_graph=true", "compile=true")

@@ -39,6 +39,6 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor]:
     """A single node for FX, which chooses the dtype when it runs."""
     dtype, device = weight.dtype, stream.device.type
-    if narrow and torch.is_autocast_enabled(device):
+    if narrow and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return add_rms_norm(update, stream, weight, torch.finfo(dtype).eps if eps is None else eps, dtype, scale=scale)

@@ -25,6 +25,7 @@ from zoo.data import BatchAugment, make_loader, open_split
 from zoo.engine.build import build_loss, build_model, build_optimizer
 from zoo.engine.checkpoint import Checkpoint, save_checkpoint, save_weights
 from zoo.engine.evaluate import evaluate, explain_nonfinite
+from zoo.engine.graph import capture_training
 from zoo.engine.run_folder import find_start, prepare_output, read_log, write_log
 from zoo.optional import require
 
@@ -115,6 +116,11 @@ def train(config: TrainConfig) -> TrainResult:
     plain_model = model  # what is evaluated and saved: without the wrapper of several processes
     if config.compile:
         model.compile()
+    if config.cuda_graph:
+        if device.type != "cuda" or world_size > 1:
+            raise ValueError(f"cuda_graph=true needs one GPU, not {world_size} processes on {device.type}")
+        shape = (config.data.batch_size, card.preprocessing.in_chans, *card.preprocessing.size)
+        capture_training(model, shape, config.precision)
     model, prepared_optimizer = accelerator.prepare(model, optimizer)
 
     evaluated = ema.module if ema else plain_model
