@@ -38,7 +38,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
+from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.multi_scale import MultiScaleMixer, resize_global_bias
 from zoo.backbones.layers.position import record_input_size
@@ -399,7 +399,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: A2Mamba) -> dict[
         for name, tensor in state_dict.items()
         if name.endswith(".global_bias") and name in expected
     }
-    return drop_absent_parts({**state_dict, **resized}, model)
+    return fit_parts({**state_dict, **resized}, model)
 
 
 def rename_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

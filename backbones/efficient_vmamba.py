@@ -29,7 +29,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
-from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
+from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.ss2d import SS2D, Projected, from_authors_name
@@ -278,7 +278,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     if first_layer is not None:
         prefix = first_layer.removesuffix("patch_embed.0.weight")
         state_dict = upstream_names_to_ours({n.removeprefix(prefix): t for n, t in state_dict.items()})
-    return drop_absent_parts(state_dict, model)
+    return fit_parts(state_dict, model)
 
 
 # The authors' names of layers, and ours.

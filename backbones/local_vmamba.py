@@ -26,7 +26,7 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
+from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.ss2d import DepthwiseConv, Projected, SelectivePaths
@@ -235,7 +235,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LocalVMamba) -> d
         State dict in this file's names.
     """
     state_dict = rename_attention(unwrap_checkpoint(state_dict))
-    return drop_absent_parts(convert_upstream(state_dict, model), model)
+    return fit_parts(convert_upstream(state_dict, model), model)
 
 
 def rename_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
+from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.kernels import causal_conv1d, selective_scan
@@ -411,7 +411,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         prefix = first_layer.removesuffix("patch_embed.conv_down.0.weight")
         state_dict = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
         state_dict = upstream_names_to_ours(state_dict)
-    return drop_absent_parts(state_dict, model)
+    return fit_parts(state_dict, model)
 
 
 def upstream_names_to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from timm.layers import GluMlp, Mlp, calculate_drop_path_rates, to_2tuple, trunc
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.backbones.layers.backbone import drop_absent_parts, unwrap_checkpoint
+from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.position import record_input_size, resample_pos_embed
 from zoo.backbones.layers.ss2d import SS2D, Gate, OutputNorm, Recurrence, from_authors_name
@@ -231,7 +231,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VMamba) -> dict[s
     state_dict = convert_upstream(unwrap_checkpoint(state_dict), model)
     if "pos_embed" in state_dict and model.pos_embed is not None:
         state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model)
-    return drop_absent_parts(state_dict, model)
+    return fit_parts(state_dict, model)
 
 
 def convert_upstream(state_dict: Mapping[str, Tensor], model: HierarchicalBackbone) -> dict[str, Tensor]:

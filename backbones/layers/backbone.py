@@ -7,7 +7,7 @@ import torch
 from timm.layers import get_device_dtype, trunc_normal_
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "drop_absent_parts", "unwrap_checkpoint"]
+__all__ = ["Backbone", "fit_parts", "unwrap_checkpoint"]
 
 # Last parts of the names of parameters that weight decay leaves alone.
 NO_WEIGHT_DECAY = ("pos_embed", "cls_token", "A_log", "D", "dt_bias", "conv_bias", "gamma", "direction_B")
@@ -77,7 +77,15 @@ def unwrap_checkpoint(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     return state_dict
 
 
-def drop_absent_parts(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """Leaves out a checkpoint's norm or classifier if the model was built without."""
-    absent = tuple(f"{part}." for part in ("norm", "head") if isinstance(getattr(model, part), nn.Identity))
-    return {name: tensor for name, tensor in state_dict.items() if not name.startswith(absent)}
+def fit_parts(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+    """Leaves out a checkpoint's norm, classifier or norms of features if the model was built without.
+
+    A checkpoint without any norms of features leaves those of the model as they were made: they are for new tasks.
+    """
+    built = dict(model.named_children())
+    absent = [f"{part}." for part in ("norm", "head") if isinstance(built[part], nn.Identity)]
+    absent += [] if built["feature_norms"] else ["feature_norms."]
+    fitted = {name: tensor for name, tensor in state_dict.items() if not name.startswith(tuple(absent))}
+    if not any(name.startswith("feature_norms.") for name in fitted):
+        fitted |= {f"feature_norms.{name}": tensor for name, tensor in built["feature_norms"].state_dict().items()}
+    return fitted

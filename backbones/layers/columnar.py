@@ -14,7 +14,7 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.backbones.layers.backbone import Backbone, drop_absent_parts
+from zoo.backbones.layers.backbone import Backbone, fit_parts
 from zoo.backbones.layers.class_token import (
     ClassToken,
     insert_class_tokens,
@@ -336,7 +336,7 @@ def fit_checkpoint(
     Raises:
         ValueError: If the position embedding's grid cannot be told.
     """
-    state_dict = drop_absent_parts(state_dict, model)
+    state_dict = fit_parts(state_dict, model)
     if "pos_embed" in state_dict and model.pos_embed is not None:
         place = class_token and (model.class_token or class_token)
         state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], place, model)
