@@ -357,7 +357,7 @@ default_cfgs = generate_default_cfgs(
         "lbvim_300_patch16_224": _cfg(),
         "lbvim_small_patch16_224": _cfg(),
         "lbvim_528_patch16_224_atthead": _cfg(),
-        "lbvim_nano": _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, origin_url=None),
+        "lbvim_nano": _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, license="apache-2.0", origin_url=None),
     }
 )
 

@@ -363,7 +363,9 @@ default_cfgs = generate_default_cfgs(
         "shufflemamba_reg_small_patch16_224": _cfg(),
         "shufflemamba_reg_base_patch16_224": _cfg(),
         "shufflemamba_reg_large_patch16_224": _cfg(),
-        "shuffle_mamba_nano": _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, origin_url=None),
+        "shuffle_mamba_nano": _cfg(
+            num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, license="apache-2.0", origin_url=None
+        ),
     }
 )
 

@@ -457,7 +457,14 @@ default_cfgs = generate_default_cfgs(
         "vmamba_vanilla_tiny.in1k": _cfg(url=f"{FIRST}/vssmtiny_dp01_ckpt_epoch_292.pth"),
         "vmamba_vanilla_small.in1k": _cfg(url=f"{FIRST}/vssmsmall_dp03_ckpt_epoch_238.pth"),
         "vmamba_vanilla_base.in1k": _cfg(url=f"{FIRST}/vssmbase_dp06_ckpt_epoch_241.pth"),
-        "vmamba_nano": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0, origin_url=None),
+        "vmamba_nano": _cfg(
+            num_classes=10,
+            input_size=(3, 32, 32),
+            pool_size=(2, 2),
+            crop_pct=1.0,
+            license="apache-2.0",
+            origin_url=None,
+        ),
     }
 )
 

@@ -106,7 +106,7 @@ def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, 
 
 def count_flops(model: nn.Module, size: Sequence[int]) -> int:
     """Floating-point operations of one forward of an input of this size (B, C, H, W), 2 for a multiply-add."""
-    model = model.eval()
+    model = model.eval().requires_grad_(False)  # some layers count a backward's FLOPs where gradients are possible
     parameter = next(model.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(size, device=parameter.device, dtype=parameter.dtype))

@@ -1,0 +1,1 @@
+"""What model cards say about a family that its models cannot tell themselves."""
