@@ -12,12 +12,14 @@ import timm
 import torch
 from PIL import Image
 
+import zoo
 from zoo.config import AugmentConfig, DataConfig
 from zoo.data import (
     BatchAugment,
     Normalize,
     TensorData,
     TensorLoader,
+    image_transform,
     load_digits,
     load_fashion_mnist,
     make_loader,
@@ -301,3 +303,12 @@ def test_split_may_be_a_tar_file_itself(digit_folder):
     assert len(dataset) == 12
     assert len(names) == 3
     assert Path(dataset.reader.root).name == "val.tar"
+
+
+def test_preprocessing_follows_the_models_crop_mode():
+    model = zoo.create_model("mamba_vision_nano", pretrained_cfg_overlay={"crop_mode": "squash", "crop_pct": 1.0})
+    preprocessing = resolve_preprocessing(DataConfig(img_size=32), None, model)
+    assert preprocessing.crop_mode == "squash"
+    stripes = Image.fromarray(np.repeat(np.linspace(0, 255, 96, dtype=np.uint8)[None], 32, 0)).convert("RGB")
+    image = image_transform(preprocessing)(stripes)  # 32 x 96 pixels
+    assert image.shape == (3, 32, 32) and image[0, 0, 0] < 10 and image[0, 0, -1] > 245  # nothing is cut off

@@ -29,6 +29,7 @@ class Preprocessing:
         std: Divided by per channel.
         interpolation: How images are resized: ``bilinear``, ``bicubic``, ...
         crop_pct: Share of the resized image's shorter side that is kept, at the centre.
+        crop_mode: ``center``; ``squash`` to resize to the size whatever the image's shape; ``border`` to pad it.
     """
 
     size: tuple[int, int]
@@ -37,6 +38,7 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
 
 def open_split(
@@ -100,6 +102,7 @@ def resolve_preprocessing(config: DataConfig, dataset: TensorData | Dataset | No
         std=tuple(config.std or std),
         interpolation=of_model["interpolation"],
         crop_pct=of_model["crop_pct"],
+        crop_mode=of_model["crop_mode"],
     )
 
 
@@ -117,6 +120,7 @@ def image_transform(
             (preprocessing.in_chans, *preprocessing.size),
             interpolation=preprocessing.interpolation,
             crop_pct=preprocessing.crop_pct,
+            crop_mode=preprocessing.crop_mode,
             normalize=False,
         )
     else:
