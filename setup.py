@@ -38,6 +38,7 @@ EXTRAS = {
         "omegaconf>=2.3",
         "rich>=13.0",
         "scikit-learn>=1.4",
+        "tensorboard>=2.18",
         "torchmetrics>=1.4",
         "tqdm>=4.66",
     ],

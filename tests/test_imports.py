@@ -28,7 +28,7 @@ OPTIONAL = {
         "onnx",
     ),
     *("onnxruntime", "onnxscript", "open_clip", "pycocotools", "rich", "safetensors", "sklearn", "torchmetrics"),
-    *("tqdm", "transformers", "triton", "yaml", "huggingface_hub", "numba", "llvmlite"),
+    *("tensorboard", "tqdm", "transformers", "triton", "yaml", "huggingface_hub", "numba", "llvmlite"),
 }
 COMPILERS = {"triton", "numba", "llvmlite"}
 COMPARED = {"causal_conv1d", "fla", "mamba_ssm", "mambapy"}  # what benchmarks measure us against

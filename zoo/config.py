@@ -196,6 +196,7 @@ class TrainConfig:
         ema_decay: Decay per update of a moving average of the weights, which is then what is evaluated and kept;
             default none.
         cpu: Train on the CPU even if there is a GPU.
+        tensorboard: Write the log for TensorBoard too, into the run's folder ``tensorboard``.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -211,6 +212,7 @@ class TrainConfig:
     grad_checkpointing: str | None = None
     ema_decay: float | None = None
     cpu: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         _require_choice("precision", self.precision, ("fp32", "bf16", "fp16"))

@@ -8,6 +8,8 @@ A run's folder holds::
     last.safetensors                the same of the last epoch
     checkpoints/epoch-0007/         the two newest states: model.safetensors and training.pt
 
+Pictures and tables are listed in :mod:`zoo.engine.report`.
+
 Everything is written under a temporary name and then renamed, so that a run killed at any moment leaves whole files.
 The header of every ``.safetensors`` file names the model, its arguments, the classes and the preprocessing.
 """

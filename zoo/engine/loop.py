@@ -26,6 +26,7 @@ from zoo.engine.build import build_loss, build_model, build_optimizer
 from zoo.engine.checkpoint import Checkpoint, save_checkpoint, save_weights
 from zoo.engine.evaluate import evaluate, explain_nonfinite
 from zoo.engine.graph import capture_training
+from zoo.engine.report import EpochMeter, RunReport
 from zoo.engine.run_folder import find_start, prepare_output, read_log, write_log
 from zoo.optional import require
 
@@ -53,6 +54,8 @@ class TrainResult:
 
 def train(config: TrainConfig) -> TrainResult:
     """Trains a classifier as configured, evaluating and saving after every epoch.
+
+    The run's folder and its pictures are described in :mod:`zoo.engine.checkpoint` and :mod:`zoo.engine.report`.
 
     Args:
         config: See :class:`zoo.config.TrainConfig`.
@@ -125,18 +128,20 @@ def train(config: TrainConfig) -> TrainResult:
 
     evaluated = ema.module if ema else plain_model
     progress = _Progress(start * updates, config.optim.epochs * updates, accelerator.is_main_process)
-    with _sigterm_as_interrupt(), progress:
+    report = RunReport(config, card) if accelerator.is_main_process else None
+    with _sigterm_as_interrupt(), progress, report or contextlib.nullcontext():
         for epoch in range(start, config.optim.epochs):
             began = time.perf_counter()
             random_seed(config.seed + epoch * world_size, rank)
             train_loader.set_epoch(epoch)
             model.train()
-            total_loss = torch.zeros((), device=device)
+            total_loss, meter = torch.zeros((), device=device), EpochMeter()
             batches = islice(train_loader, updates * config.optim.grad_accum)
-            for step, (images, labels) in enumerate(batches):
+            for step, (images, labels) in enumerate(meter.watch(batches)):
                 inputs, targets = _prepare_batch(images, labels, augment, mixup)
                 with accelerator.accumulate(model):
-                    loss = criterion(model(inputs).float(), targets)
+                    logits = model(inputs).float()
+                    loss = criterion(logits, targets)
                     if not torch.isfinite(loss):
                         raise FloatingPointError(_describe_failure(loss, epoch, step, plain_model, inputs, output))
                     accelerator.backward(loss)
@@ -145,6 +150,7 @@ def train(config: TrainConfig) -> TrainResult:
                     prepared_optimizer.step()
                     prepared_optimizer.zero_grad()
                 total_loss += loss.detach()
+                meter.add(logits, targets)
                 if accelerator.sync_gradients:
                     update = epoch * updates + (step + 1) // config.optim.grad_accum
                     if ema:
@@ -163,10 +169,12 @@ def train(config: TrainConfig) -> TrainResult:
                 "epoch": epoch + 1,
                 "lr": lr,  # of the last update
                 "train_loss": train_loss,
+                "train_top1": meter.top1(card.kwargs["num_classes"]),
                 "val_loss": scores.loss,
                 "top1": scores.top1,
                 "top5": scores.top5,
                 "images_per_second": steps * config.data.batch_size * world_size / train_seconds,
+                "data_seconds": meter.data_seconds,
                 "seconds": time.perf_counter() - began,
             }
             log.append(row)
@@ -181,8 +189,12 @@ def train(config: TrainConfig) -> TrainResult:
                 state = _state(optimizer, scheduler, ema, accelerator, best)
                 save_checkpoint(output, epoch + 1, plain_model.state_dict(), state, card)
                 progress.report(row)
+                report.after_epoch(log)
             accelerator.wait_for_everyone()
     accelerator.end_training()  # leaves the process group: a process that exits inside of it can abort
+    if report:
+        with _sigterm_as_interrupt():
+            report.finish(evaluated, val_data, log, config.optim.epochs - start)
     return TrainResult(output, log, best, config.optim.epochs - start)
 
 

@@ -15,8 +15,19 @@ __all__ = ["LOG_COLUMNS", "find_start", "prepare_output", "read_log", "write_log
 
 _logger = logging.getLogger(__name__)
 
-LOG_COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "top1", "top5", "images_per_second", "seconds")
-MAY_DIFFER = ("output", "resume", "cpu", "compile", "data.root", "data.workers", "data.download")
+LOG_COLUMNS = (
+    "epoch",
+    "lr",  # of the last update
+    "train_loss",
+    "train_top1",  # of augmented images, while the weights change
+    "val_loss",
+    "top1",
+    "top5",
+    "images_per_second",  # of training alone
+    "data_seconds",  # how long the main process waited for training images
+    "seconds",  # of training and evaluation
+)
+MAY_DIFFER = ("output", "resume", "cpu", "compile", "tensorboard", "data.root", "data.workers", "data.download")
 
 
 def read_log(output: str | Path) -> list[dict[str, float]]:
@@ -33,7 +44,7 @@ def write_log(output: Path, log: list[dict[str, float]]) -> None:
     """Writes ``log.csv``, one row per epoch, in one step."""
     temporary = output / ".log.csv.writing"
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, LOG_COLUMNS)
+        writer = csv.DictWriter(file, LOG_COLUMNS, restval="nan")  # of epochs trained before there was such a column
         writer.writeheader()
         writer.writerows({key: _rounded(value) for key, value in row.items()} for row in log)
     os.replace(temporary, output / "log.csv")
