@@ -46,12 +46,13 @@ EXTRAS = {
     "det": ["albumentations>=2.0", "pycocotools>=2.0.8"],
     "vlm": ["open-clip-torch>=2.30", "transformers>=4.57"],
     "cpu": ["numba>=0.60"],  # compiled loops: scans on CPUs are several times faster
-    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
+    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.7"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
 EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["cpu"],
+    *EXTRAS["export"],
     *SEGMENTATION_FRAMEWORKS,
     "pre-commit>=3.7",
     "pytest>=8.0",

@@ -45,8 +45,11 @@ FEW_BLOCKS = {
     "vim": ("vim_micro", dict(COLUMN, depth=1, class_token="middle", global_pool="token", rope=True)),
     "vmamba": ("vmamba_nano", dict(dims=16, depths=(1, 0, 0, 0))),
 }
-NANOS = [*zoo.list_models("*nano*"), "a2mamba_pico"]
-TARGETS = ("vim_tiny_patch16_224", "lbvim_tiny_patch16_224", "vmamba_tiny", "efficient_vmamba_tiny")
+PUBLISHED = ("vim_tiny_patch16_224", "lbvim_tiny_patch16_224", "vmamba_tiny", "efficient_vmamba_tiny")
+WHOLE = [
+    *((name, None) for name in (*zoo.list_models("*nano*"), "a2mamba_pico")),
+    *((name, size) for name in PUBLISHED for size in ((224, 224), (224, 192))),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +66,7 @@ def lively(model_name: str, size: tuple[int, int] | None = None, **options) -> S
         parameter.add_(torch.randn_like(parameter) * 0.02)
     channels, *own_size = model.pretrained_cfg["input_size"]
     size = size or tuple(own_size)
-    model.get_classifier().weight.div_(model(torch.randn(2, channels, *size)).std())
+    model.get_classifier().weight.div_(model(torch.randn(4, channels, *size)).std())
     preprocessing = Preprocessing(size, channels, (0.5,) * channels, (0.25,) * channels)
     return Subject(model_name, model, preprocessing, "random", "none")
 
@@ -225,6 +228,25 @@ def test_operators_in_onnx(tmp_path):
     torch.testing.assert_close(onnx_runner(tmp_path / "everything.onnx")(x), Everything()(x), rtol=1e-4, atol=1e-5)
 
 
+@torch.library.custom_op("zoo_test::unheard_of", mutates_args=())
+def unheard_of(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@unheard_of.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_operators_without_translation_are_named():
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.zoo_test.unheard_of(x)
+
+    with pytest.raises(RuntimeError, match=r"cannot be translated to ONNX: .*zoo_test.unheard_of"):
+        convert(torch.export.export(Odd(), (torch.randn(3),)), ["x"], ["y"])
+
+
 @pytest.mark.parametrize("length, kernel_size, dilation", [(7, 3, 1), (9, 3, 3), (16, 5, 3), (14, 7, 2), (5, 1, 4)])
 def test_windows_of_neighbourhood_attention(length, kernel_size, dilation):
     cells, bias_rows = window_axis(length, kernel_size, dilation)
@@ -256,7 +278,7 @@ def test_folding_leaves_what_depends_on_the_input_and_what_grows():
     assert len([target for target in targets if "aten.add" in target]) == 5
     assert [target for target in targets if "mul" in target] and [target for target in targets if "rand" in target]
     folded = [name for name in program.constants if name.startswith("folded")]
-    assert len(folded) == 2  # values, which are used twice, and places
+    assert len(folded) == 3  # values, which are used twice, places, and the column of the large product
     torch.testing.assert_close(program.module()(x), module(x))
 
 
@@ -267,25 +289,17 @@ def test_folding_leaves_what_depends_on_the_input_and_what_grows():
 def test_families_in_onnx(family, tmp_path):
     name, options = FEW_BLOCKS[family]
     found = in_onnx(lively(name, num_classes=5, **options), tmp_path / "model.onnx")
-    assert found.difference <= 2e-5 and 0.3 < found.spread < 3
+    assert found.difference <= 2e-5 and 0.1 < found.spread < 5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NANOS)
-def test_nano_models_in_onnx(name, tmp_path):
-    found = in_onnx(lively(name), tmp_path / "model.onnx")
-    assert found.difference <= 2e-5 and 0.3 < found.spread < 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [(224, 224), (224, 192)])
-@pytest.mark.parametrize("name", TARGETS)
-def test_published_sizes_in_onnx(name, size, tmp_path):
+@pytest.mark.parametrize("name, size", WHOLE)
+def test_whole_models_in_onnx(name, size, tmp_path):
     subject = lively(name, size)
     found = in_onnx(subject, tmp_path / "model.onnx")
-    assert found.difference <= 1e-4 and 0.3 < found.spread < 3
+    assert found.difference <= 2e-5 and 0.1 < found.spread < 5
     weights = sum(parameter.nbytes for parameter in subject.model.parameters())
-    assert (tmp_path / "model.onnx").stat().st_size < 1.05 * weights
+    assert (tmp_path / "model.onnx").stat().st_size < 1.05 * weights + 6e6
 
 
 @pytest.mark.slow
@@ -396,7 +410,7 @@ def test_mistakes_are_named(capsys, tmp_path):
     to_onnx = ("--format", "onnx", "--output", output)
     assert "did you mean vim_nano" in failure(capsys, tmp_path, "vim_nono", *to_onnx)
     assert "does not end in .onnx" in failure(capsys, tmp_path, "vim_nano", "--format", "onnx", "--output", "x.pt2")
-    assert "64 99 3" not in failure(capsys, tmp_path, "vim_nano", *to_onnx, "--img-size", "64", "99", "3")
+    assert "got 3 numbers" in failure(capsys, tmp_path, "vim_nano", *to_onnx, "--img-size", "64", "99", "3")
     message = failure(capsys, tmp_path, "lbvim_nano", *to_onnx, "--dynamic-size")
     assert "leave out --dynamic-size" in message and "vim, vmamba" in message
     assert "too small for windows" in failure(capsys, tmp_path, "a2mamba_tiny", *to_onnx, "--img-size", "32")
@@ -404,7 +418,8 @@ def test_mistakes_are_named(capsys, tmp_path):
     assert "there is no checkpoint" in failure(capsys, tmp_path, "vim_nano", *to_onnx, "--checkpoint", "none.pth")
 
 
-def test_checkpoint_of_another_variant_is_named(capsys, tmp_path):
+def test_checkpoint_of_another_variant_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.weights.fit.fitting_variants", lambda state_dict: ["vim_micro"])  # it takes seconds
     checkpoint = tmp_path / "micro.pth"
     torch.save(timm.create_model("vim_micro").state_dict(), checkpoint)
     options = ["--format", "onnx", "--output", str(tmp_path / "model.onnx"), "--checkpoint", str(checkpoint)]
