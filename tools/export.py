@@ -123,6 +123,8 @@ def export(options: argparse.Namespace) -> None:
     print(f"{options.output}: {subject.name}, weights {subject.weights}, {size_of(options.output) / 1e6:.1f} MB")
     if options.format != HUB:
         print(f"takes {images}, gives {subject.model.num_classes} logits for each")
+    if options.format == "torch_export" and options.dynamic_size:
+        print("sizes that the graph does not hold at are refused when it is run")
 
 
 def check_output(output: Path, kind: str) -> None:

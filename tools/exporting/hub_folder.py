@@ -45,10 +45,10 @@ def write_hub_folder(subject: Subject, path: Path) -> Callable[[Tensor], Tensor]
     model_config = {"pretrained_cfg": {"license": subject.licence}}
     if subject.class_names:
         model_config["label_names"] = list(subject.class_names)
+    card = _card(subject)
     with step("writing the folder"):
         save_for_hf(subject.model, path, model_config, safe_serialization=True, data_config=data_config)
         (path / "model.safetensors").chmod(0o644)  # written for its owner alone
-        card = _card(subject)
         if card is not None:
             (path / "README.md").write_text(card, encoding="utf-8")
     with step("reading it again"):

@@ -36,4 +36,15 @@ def write_torch_export(subject: Subject, images: Images, path: Path) -> Callable
     with step("writing the file"), quiet():
         torch.export.save(program, path, extra_files={METADATA: json.dumps(subject.metadata(), indent=1)})
     with step("reading it again"), quiet():
-        return torch.export.load(path).module()
+        module = torch.export.load(path).module()
+
+    def run(x: Tensor) -> Tensor:
+        try:
+            return module(x)
+        except AssertionError as guard:
+            shape = " x ".join(map(str, x.shape))
+            raise ValueError(
+                f"the graph is not for images of shape {shape}; leave out --dynamic-size ({guard})"
+            ) from guard
+
+    return run
