@@ -5,7 +5,8 @@ import os
 import pickle
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,26 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace, *STAND_INS]):
+            with _only_safe_globals(argparse.Namespace, *STAND_INS):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is no checkpoint of tensors and plain values, or is damaged: {error}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read; it is damaged, incomplete or no checkpoint: {error}") from error
     return _unwrap(content, path)
+
+
+@contextmanager
+def _only_safe_globals(*allowed: object) -> Iterator[None]:
+    """Lets `torch.load` make the allowed classes alone: other libraries allow some of the same names for good,
+    and which of two classes of one name is taken would be chance."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(others)
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
