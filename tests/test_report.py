@@ -18,9 +18,10 @@ import zoo.engine.report as reporting
 from zoo.config import load_config
 from zoo.data import Normalize, TensorLoader, load_digits, open_split
 from zoo.engine import load_trained, read_log, train
-from zoo.engine.figures import draw_confusion, draw_curves, replacing, shorten
+from zoo.engine.figures import draw_confusion, draw_curves, shorten
 from zoo.engine.report import WORST, EpochMeter, RunReport, TensorBoardLog, find_answers
 from zoo.engine.run_folder import write_log
+from zoo.files import replacing
 
 SMALL = [
     "model.kwargs={img_size: 8, patch_size: 2, embed_dim: 16, depth: 1, d_state: 4}",

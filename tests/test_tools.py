@@ -9,7 +9,8 @@ from PIL import Image
 
 from zoo.data import load_digits
 from zoo.engine import read_log
-from zoo.plots import plot_confusion, plot_curves, plot_images
+from zoo.engine.figures import draw_confusion, draw_curves
+from zoo.plots import plot_images
 from zoo.tools import demo, predict, train, validate
 
 
@@ -117,9 +118,9 @@ def test_pictures_of_any_size(tmp_path):
     """One epoch, many classes, one image: the pictures are still drawn."""
     import torch
 
-    row = {"epoch": 1, "train_loss": 2.0, "val_loss": 1.9, "top1": 40.0}
-    plot_curves([row], tmp_path / "curves.png", "one epoch")
-    plot_confusion(
+    row = {"epoch": 1, "lr": 1e-3, "train_loss": 2.0, "val_loss": 1.9, "top1": 40.0}
+    draw_curves([row], tmp_path / "curves.png", "one epoch")
+    draw_confusion(
         torch.eye(100, dtype=torch.long), [str(i) for i in range(100)], tmp_path / "confusion.png", "hundred"
     )
     picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)

@@ -21,6 +21,7 @@ from zoo.engine import read_log
 from zoo.engine.figures import draw_runs
 from zoo.engine.run_folder import LOG_COLUMNS
 from zoo.optional import require
+from zoo.tools.tables import aligned
 
 METRICS = tuple(column for column in LOG_COLUMNS if column != "epoch")
 LOW_IS_GOOD = ("train_loss", "val_loss", "data_seconds", "seconds")
@@ -170,17 +171,8 @@ def _number(value: float) -> str:
 
 
 def format_table(rows: Sequence[dict[str, str]]) -> str:
-    """Lays rows out in columns: text to the left, numbers to the right."""
-    columns = list(rows[0])
-    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
-    lines = [dict(zip(columns, columns, strict=True)), *rows]
-    return "\n".join(
-        "  ".join(
-            line[column].ljust(width) if index == 0 else line[column].rjust(width)
-            for index, (column, width) in enumerate(zip(columns, widths, strict=True))
-        )
-        for line in lines
-    )
+    """Lays rows out in columns below their headings."""
+    return "\n".join(aligned([list(rows[0]), *(list(row.values()) for row in rows)]))
 
 
 if __name__ == "__main__":

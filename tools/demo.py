@@ -18,8 +18,9 @@ import torch
 from zoo.config import TrainConfig, load_config
 from zoo.data import Normalize, TensorData, open_split
 from zoo.engine import TrainResult, load_trained, train
+from zoo.engine.figures import draw_confusion
 from zoo.optional import require
-from zoo.plots import plot_confusion, plot_curves, plot_images
+from zoo.plots import plot_images
 
 RECIPES = {"digits": "vim/micro_digits", "fashion_mnist": "vim/nano_fashion_mnist"}
 SHORT = {
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(config: TrainConfig, result: TrainResult) -> tuple[float, int]:
-    """Draws the pictures of a finished run from its last weights.
+    """Draws the pictures of a finished run from its last weights, but for the curves, which the run has drawn.
 
     The last weights rather than the best ones: choosing by the test images would flatter the result.
 
@@ -98,9 +99,8 @@ def draw(config: TrainConfig, result: TrainResult) -> tuple[float, int]:
 
     title = f"{card.model} on {config.data.name}"
     heading = f"{title}: {accuracy:.2f} % of {len(data)} test images"
-    plot_curves(result.log, result.output / "curves.png", title)
     confusions = count_confusions(guesses, data.labels, num_classes=len(data.class_names))
-    plot_confusion(confusions, data.class_names, result.output / "confusion.png", heading)
+    draw_confusion(confusions, data.class_names, result.output / "confusion.png", heading)
     _draw_images(data, confidence, guesses, torch.arange(len(data))[:SHOWN], result.output / "predictions.png", heading)
     wrong = (guesses != data.labels).nonzero().flatten()
     if len(wrong):

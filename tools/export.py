@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zoo.tools.arguments import positive
 from zoo.tools.exporting.hub_folder import write_hub_folder
 from zoo.tools.exporting.onnx_file import ANY_SIZE, require_onnx, write_onnx
 from zoo.tools.exporting.output import size_of, staged, step
@@ -82,14 +83,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=1e-4, help="largest difference between logits; default %(default)s"
     )
     return parser
-
-
-def positive(text: str) -> int:
-    """Reads a number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 @torch.no_grad()  # for training the scan saves states, whose number a graph fixes

@@ -240,8 +240,7 @@ def find(name: str) -> Subject:
 @functools.cache
 def cost(name: str) -> Cost:
     """Counts a model on the meta device, where size is no matter."""
-    # Frozen, as the counter's hooks want gradients of whatever asks for them, views of parameters included.
-    model = build_on_meta(name).requires_grad_(False)
+    model = build_on_meta(name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Cost(parameters, count_flops(model, (1, *timm.get_pretrained_cfg(name).input_size)))
 

@@ -18,7 +18,7 @@ def add_norm(
     Args:
         stream: Residual stream (B, L, D).
         update: A block's output (B, L, D).
-        norm: Norm that reads the stream next.
+        norm: Norm that reads the stream next; made with an ``eps``.
         drop_path: The block's stochastic depth, if it has any.
         narrow: Whether the normed tokens are of autocast's dtype where it is on: right if a linear layer reads them.
 
@@ -35,10 +35,10 @@ def add_norm(
 @torch.fx.wrap
 @register_notrace_function
 def _add_norm(
-    update: Tensor, stream: Tensor, weight: Tensor, eps: float | None, scale: Tensor | None, narrow: bool
+    update: Tensor, stream: Tensor, weight: Tensor, eps: float, scale: Tensor | None, narrow: bool
 ) -> tuple[Tensor, Tensor]:
     """A single node for FX, which chooses the dtype when it runs."""
     dtype, device = weight.dtype, stream.device.type
     if narrow and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    return add_rms_norm(update, stream, weight, torch.finfo(dtype).eps if eps is None else eps, dtype, scale=scale)
+    return add_rms_norm(update, stream, weight, eps, dtype, scale=scale)

@@ -49,27 +49,13 @@ def selective_scan_reference(
     delta_softplus: bool,
     reverse: list[bool],
     window: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Returns the output (B, L, D) in u's dtype and the last states (B, K, D, N)."""
-    return _scan(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window)[:2]
-
-
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    paths: Tensor | None,
-    delta_softplus: bool,
-    reverse: list[bool],
-    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As above, and the states before every CHUNK steps, (B, K, chunks, D, N), zero where a path has ended."""
+    """Runs the definition.
+
+    Returns:
+        Output (B, L, D) in u's dtype, last states (B, K, D, N), and the states before every CHUNK steps
+        (B, K, chunks, D, N), zero where a path has ended; these have no gradient.
+    """
     dtype = accumulate_dtype(u)
     K, L, channels_per_group = A.shape[0], u.shape[2], A.shape[1] // B.shape[3]
     merged = torch.zeros(u.shape[0], L, A.shape[1], dtype=dtype, device=u.device)
@@ -133,7 +119,7 @@ def forward(
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's forward. The backward below recomputes from the start, but that of another backend may follow."""
-    out, last_state, states = _scan(
+    out, last_state, states = selective_scan_reference(
         u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window
     )
     last_state = last_state.transpose(2, 3).contiguous().transpose(2, 3)  # the op's memory layout
@@ -167,7 +153,7 @@ def backward(
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = grads
     dy = grad_out.to(dtype)
     if z is not None:
-        ungated, _ = selective_scan_reference(
+        ungated, *_ = selective_scan_reference(
             *(u.to(dtype), delta, A, B, C, D, None, delta_bias, initial_state, paths, delta_softplus, reverse, window)
         )
         gate, z = torch.sigmoid(z.to(dtype)), z.to(dtype)

@@ -255,6 +255,7 @@ def scan_gradient_kernel(
                     delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
                     dout_t = rows_of(visited(tile_at(tokens, dout_at, dout_l, HOLES), tokens, HOLES))
                     BC_t = rows_of(tile_at(tokens, BC_at, packed_l, HOLES))
+                    z_t = dout_t
                     if HAS_Z:
                         z_t = rows_of(tile_at(tokens, z_at, z_l, HOLES))
                     if SUM_Y:
@@ -283,10 +284,7 @@ def scan_gradient_kernel(
                                 handed = tl.where((start - chunk_begin + j) % WINDOW == 0, 0.0, handed)
                             handed_t = handed_t + (handed,)
                             if j < SEGMENT - 1:
-                                z_j = dout_t[j]
-                                if HAS_Z:
-                                    z_j = z_t[j]
-                                dy = gated(dout_t[j].to(ACC), z_j.to(ACC), start + j < end, HAS_Z)
+                                dy = gated(dout_t[j].to(ACC), z_t[j].to(ACC), start + j < end, HAS_Z)
                                 _, C_j = split_projections(BC_t[j])
                                 handed = decays[j] * (handed + C_j[:, None] * dy[None, :])
 
@@ -349,16 +347,16 @@ def scan_gradient_kernel(
                             visits_j = inside
                             if HOLES:
                                 visits_j = visits_j & (token >= 0)
-                        if PAIRS:
-                            tokens_t = (token,) + tokens_t
-                            visits_t = (visits_j,) + visits_t
-                            sums_t = (quad_sums(of_B, selector, PTX), quad_sums(of_C, selector, PTX)) + sums_t
-                        elif BLOCK_N > 1:
-                            slot_mask = n_mask & visits_j
-                            dB_j = channel_sums(of_B, selector, MATRIX, COARSE)
-                            dC_j = channel_sums(of_C, selector, MATRIX, COARSE)
-                            tl.store(partial_at + token * packed_l + n, dB_j, mask=slot_mask)
-                            tl.store(partial_at + token * packed_l + n + BLOCK_N, dC_j, mask=slot_mask)
+                            if PAIRS:
+                                tokens_t = (token,) + tokens_t
+                                visits_t = (visits_j,) + visits_t
+                                sums_t = (quad_sums(of_B, selector, PTX), quad_sums(of_C, selector, PTX)) + sums_t
+                            else:
+                                dB_j = channel_sums(of_B, selector, MATRIX, COARSE)
+                                dC_j = channel_sums(of_C, selector, MATRIX, COARSE)
+                                slot = partial_at + token * packed_l + n
+                                tl.store(slot, dB_j, mask=n_mask & visits_j)
+                                tl.store(slot + BLOCK_N, dC_j, mask=n_mask & visits_j)
                         h = before[j]
 
                     if PAIRS:

@@ -36,7 +36,9 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import zoo
+from zoo.engine.build import recompute
 from zoo.optional import require
+from zoo.tools.arguments import positive
 from zoo.tools.benchmarks.measure import (
     Machine,
     allocate_workspace,
@@ -46,6 +48,7 @@ from zoo.tools.benchmarks.measure import (
     peak_mib,
     seconds_per_call,
 )
+from zoo.tools.tables import aligned
 
 __all__ = ["HELP", "MODES", "Mode", "Plan", "add_arguments", "create_model", "inference_step", "run", "training_step"]
 
@@ -205,7 +208,7 @@ def prepare(
     if plan.compile:
         model.compile(fullgraph=True, dynamic=False)  # sizes of another model must not make this one's dynamic
     if plan.recompute:
-        model.set_grad_checkpointing(**({} if plan.recompute == "block" else {"scope": plan.recompute}))
+        recompute(model, plan.recompute)
     step = mode.step(model, images, plan)
     row: Row = dict(param_count=sum(parameter.numel() for parameter in model.parameters()) / 1e6)
     started = time.perf_counter()
@@ -343,10 +346,7 @@ def table(title: str, rows: dict[str, Row]) -> str:
     lines = [[""] + [COLUMNS[key][0] for key in columns]]
     for name, row in rows.items():
         lines.append([name] + [COLUMNS[key][1].format(row[key]) if key in row else "" for key in columns])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    text = [
-        "  " + "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    ]
+    text = [f"  {line}" for line in aligned(lines)]
     failures = [f"  {name}, {failure}" for name, row in rows.items() for failure in _failures(row)]
     return "\n".join(["", title, *text, *failures])
 
@@ -420,16 +420,16 @@ def _label_ends(axes: Any, ends: Sequence[tuple[int, float, str, Any]]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", required=True, type=_model_name, metavar="NAME", help="ours or timm's")
-    parser.add_argument("--img-size", nargs="+", type=_positive, default=[224], metavar="N", help="default 224")
+    parser.add_argument("--img-size", nargs="+", type=positive, default=[224], metavar="N", help="default 224")
     parser.add_argument(
-        "--batch-size", nargs="+", type=_positive, default=[64], metavar="N", help="one, or one a size; default 64"
+        "--batch-size", nargs="+", type=positive, default=[64], metavar="N", help="one, or one a size; default 64"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["infer", "train"], help="default infer train")
     parser.add_argument("--compile", action="store_true", help="torch.compile, without graph breaks")
     parser.add_argument("--cuda-graph", action="store_true", help="capture steps once and replay them (GPUs only)")
     parser.add_argument("--recompute", choices=("block", "scan"), help="set_grad_checkpointing of this scope")
     parser.add_argument("--baseline", metavar="NAME", help="model that ratios refer to; default the first")
-    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="turns of every model; default 5")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of every model; default 5")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the numbers against the size, a .png file")
 
 
@@ -441,12 +441,6 @@ def _model_name(name: str) -> str:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return name
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def run(machine: Machine, options: argparse.Namespace) -> dict[str, Any]:

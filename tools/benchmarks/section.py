@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.optional import require
 from zoo.tools.benchmarks.measure import Machine, copy_bandwidth, measure
+from zoo.tools.tables import aligned
 
 __all__ = ["Implementation", "Section", "run_sections"]
 
@@ -160,10 +161,7 @@ def table(title: str, rows: Mapping[str, Row], floors: Mapping[str, float], mach
     lines = [[""] + [headings.get(key, COLUMNS[key][0]) for key in columns]]
     for name, row in rows.items():
         lines.append([name] + [COLUMNS[key][1].format(row[key]) if key in row else "" for key in columns])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    text = [
-        "  " + "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    ]
+    text = [f"  {line}" for line in aligned(lines)]
     failures = [f"  {name} failed: {row['failed']}" for name, row in rows.items() if "failed" in row]
     limits = "  floors: " + ", ".join(f"{name.replace('_', ' ')} {ms:.3f} ms" for name, ms in floors.items())
     return "\n".join(["", title, *text, *failures, limits])

@@ -1,6 +1,5 @@
 """Folders as the Hugging Face hub holds timm's models: weights, configuration and model card."""
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from zoo.optional import require
 from zoo.tools.exporting.output import step
 from zoo.tools.exporting.subject import Subject
+from zoo.tools.model_card import model_card
 
 __all__ = ["write_hub_folder"]
 
@@ -34,20 +34,14 @@ def write_hub_folder(subject: Subject, path: Path) -> Callable[[Tensor], Tensor]
         ValueError: If an argument of the model cannot be written, or the folder does not give back the same weights.
     """
     require("huggingface_hub", "export")
-    preprocessing = subject.preprocessing
-    data_config = dict(
-        input_size=(preprocessing.in_chans, *preprocessing.size),
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        interpolation=preprocessing.interpolation,
-        crop_pct=preprocessing.crop_pct,
-    )
     model_config = {"pretrained_cfg": {"license": subject.licence}}
     if subject.class_names:
         model_config["label_names"] = list(subject.class_names)
     card = _card(subject)
     with step("writing the folder"):
-        save_for_hf(subject.model, path, model_config, safe_serialization=True, data_config=data_config)
+        save_for_hf(
+            subject.model, path, model_config, safe_serialization=True, data_config=subject.preprocessing.data_config
+        )
         (path / "model.safetensors").chmod(0o644)  # written for its owner alone
         if card is not None:
             (path / "README.md").write_text(card, encoding="utf-8")
@@ -61,9 +55,7 @@ def write_hub_folder(subject: Subject, path: Path) -> Callable[[Tensor], Tensor]
 
 def _card(subject: Subject) -> str | None:
     """The model card, if there is one that describes these weights."""
-    if not subject.published or importlib.util.find_spec("zoo.tools.model_card") is None:
+    if not subject.published:
         print("no README.md: a model card describes published weights as they are", file=sys.stderr)
         return None
-    from zoo.tools.model_card import model_card
-
     return model_card(subject.name)

@@ -47,14 +47,9 @@ class Subject:
 
     def metadata(self) -> dict[str, str]:
         """What files can say beside the graph, as strings; lists are JSON."""
-        preprocessing = self.preprocessing
         entries = dict(
             model=self.name,
-            input_size=[preprocessing.in_chans, *preprocessing.size],
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            interpolation=preprocessing.interpolation,
-            crop_pct=preprocessing.crop_pct,
+            **self.preprocessing.data_config,
             num_classes=self.model.num_classes,
             class_names=self.class_names or None,
             weights=self.weights,

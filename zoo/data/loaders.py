@@ -1,8 +1,9 @@
 """From the configuration to batches: which data set, which preprocessing, which loader."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -39,6 +40,12 @@ class Preprocessing:
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
     crop_mode: str = "center"
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """The same as timm's configs have it."""
+        own = asdict(self)
+        return {"input_size": (own.pop("in_chans"), *own.pop("size")), **own}
 
 
 def open_split(

@@ -53,12 +53,29 @@ def build_model(
     model = zoo.create_model(config.model.name, pretrained=config.model.pretrained, **kwargs)
     if config.model.checkpoint:
         _start_from(model, config.model.checkpoint)
-    if config.grad_checkpointing == "block":
-        model.set_grad_checkpointing()
-    elif config.grad_checkpointing:
-        model.set_grad_checkpointing(scope=config.grad_checkpointing)
+    if config.grad_checkpointing:
+        recompute(model, config.grad_checkpointing)
     preprocessing = resolve_preprocessing(config.data, data, model)
     return model, ModelCard(config.model.name, kwargs, tuple(names), preprocessing, data=config.data.name)
+
+
+def recompute(model: nn.Module, scope: str) -> None:
+    """Lets a model of ours or of timm compute activations again in the backward instead of keeping them.
+
+    Args:
+        model: The model.
+        scope: ``block``, which all models know, or ``scan``.
+
+    Raises:
+        ValueError: If the model knows no such scope.
+    """
+    if scope == "block":
+        model.set_grad_checkpointing()
+        return
+    try:
+        model.set_grad_checkpointing(scope=scope)
+    except TypeError as error:  # it has no scopes
+        raise ValueError(f"{type(model).__name__} cannot recompute {scope!r}; use 'block'") from error
 
 
 def build_loss(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.data import Preprocessing
+from zoo.files import replacing
 
 __all__ = ["Checkpoint", "ModelCard", "find_checkpoint", "load_trained", "save_checkpoint", "save_weights"]
 
@@ -103,11 +104,10 @@ class Checkpoint:
 def save_weights(path: str | Path, weights: Mapping[str, Tensor], card: ModelCard) -> None:
     """Writes a ``.safetensors`` file with the card in its header, replacing an older one in a single step."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.writing")
     # Cloned, as safetensors refuses tensors that share memory (tied weights).
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-    temporary.write_bytes(save(tensors, card.to_header()))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(tensors, card.to_header()))
 
 
 def load_trained(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelCard]:

@@ -31,11 +31,17 @@ class Evaluation:
     top5: float
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Returns the context of automatic mixed precision: ``fp32``, ``bf16`` or ``fp16``."""
+def autocast(device: torch.device, precision: str, keep_weights: bool = True) -> contextlib.AbstractContextManager:
+    """Returns the context of automatic mixed precision.
+
+    Args:
+        device: Where the model is.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        keep_weights: Whether a weight that was narrowed is kept until the context ends.
+    """
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
+    return torch.autocast(device.type, DTYPES[precision], cache_enabled=keep_weights)
 
 
 @torch.no_grad()

@@ -3,20 +3,19 @@
 Files are written under a temporary name and then renamed, so that one that can be seen is whole.
 """
 
-import contextlib
-import os
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from zoo.files import replacing
 from zoo.optional import require
-from zoo.plots import BLUE, DPI, GREY, ORANGE
+from zoo.plots import BLUE, DPI, GREY, ORANGE, new_figure
 
-__all__ = ["draw_confusion", "draw_curves", "draw_runs", "replacing", "shorten", "spread"]
+__all__ = ["draw_confusion", "draw_curves", "draw_runs", "shorten", "spread"]
 
 NUMBERED_CLASSES = 30  # a confusion matrix with more classes shows no numbers
 NAMED_CLASSES = 120  # one with more classes shows no names either
@@ -38,17 +37,6 @@ AXIS_LABELS = {
 }
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields the name under which to write a file that takes the place of ``path`` once it is whole."""
-    temporary = path.with_name(f".writing.{path.name}")  # the ending stays: it tells the format of a picture
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def shorten(name: str, longest: int = LONGEST_NAME) -> str:
     """A name that fits into a picture and is not read as a formula."""
     short = name if len(name) <= longest else f"{name[: longest - 1].rstrip()}…"
@@ -63,7 +51,7 @@ def draw_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> N
         path: The PNG file.
         title: Line above the picture.
     """
-    figure = _figure(13, 4)
+    figure = new_figure(13, 4)
     losses, accuracies, rates = figure.subplots(1, 3, width_ratios=(1, 1, 0.7))
     best = max(log, key=lambda row: row["top1"])
 
@@ -108,7 +96,7 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path, ti
     font = 8 if numbered else 6
     matrix = max(3, (0.42 if numbered else 0.14) * len(names)) if named else 12  # inches
     beside = 0.011 * font * max(map(len, names)) if named else 0
-    figure = _figure(matrix + beside + 1.6, matrix + beside + 0.9)
+    figure = new_figure(matrix + beside + 1.6, matrix + beside + 0.9)
     axes = figure.subplots()
     # The root of the share as colour: a confusion of 2 % would be white on a scale up to 100 %.
     norm = require("matplotlib.colors").PowerNorm(0.5, 0, 100)
@@ -168,7 +156,7 @@ def draw_runs(logs: Mapping[str, Sequence[Mapping[str, float]]], metrics: Sequen
         path: The PNG file.
     """
     height = max(3.4, 0.2 * len(logs) + 0.8)  # inches: room for all names
-    figure = _figure(10, height * len(metrics))
+    figure = new_figure(10, height * len(metrics))
     grid = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
     colors = require("matplotlib").colormaps["tab10"].colors
     styles = ("solid", "dashed", "dotted", "dashdot")  # once the colours are used up
@@ -269,11 +257,6 @@ def _bottom(group: Sequence[int], levels: Sequence[float], gap: float) -> float:
 def _top(group: Sequence[int], levels: Sequence[float], gap: float) -> float:
     """Height of the highest member of a group."""
     return _bottom(group, levels, gap) + gap * (len(group) - 1)
-
-
-def _figure(width: float, height: float) -> Any:
-    """A figure of this size in inches that lays itself out; made without pyplot, so no window and no global state."""
-    return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
 def _tidy(axes: Any) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from zoo.engine.evaluate import DTYPES
+from zoo.engine.evaluate import autocast
 
 __all__ = ["capture_training"]
 
@@ -23,7 +23,7 @@ def capture_training(model: nn.Module, shape: tuple[int, ...], precision: str) -
     images = torch.randn(shape, device=next(model.parameters()).device)
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # warming up moves running statistics
     # A weight that autocast narrowed once and kept would be what every replay reads.
-    with torch.autocast("cuda", DTYPES.get(precision), enabled=precision != "fp32", cache_enabled=False):
+    with autocast(images.device, precision, keep_weights=False):
         torch.cuda.make_graphed_callables(model.train(), (images,), allow_unused_input=True)
     with torch.no_grad():
         for buffer, value in kept:

@@ -33,7 +33,8 @@ from zoo.config import TrainConfig
 from zoo.data import FileLoader, Normalize, TensorData, TensorLoader, make_loader
 from zoo.engine.checkpoint import ModelCard
 from zoo.engine.evaluate import autocast
-from zoo.engine.figures import draw_confusion, draw_curves, replacing, shorten
+from zoo.engine.figures import draw_confusion, draw_curves, shorten
+from zoo.files import replacing
 from zoo.optional import require
 from zoo.plots import plot_images
 

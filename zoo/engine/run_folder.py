@@ -3,13 +3,13 @@
 import csv
 import logging
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from zoo.config import TrainConfig, load_config, save_config
 from zoo.engine.checkpoint import Checkpoint, find_checkpoint
+from zoo.files import replacing
 
 __all__ = ["LOG_COLUMNS", "find_start", "prepare_output", "read_log", "write_log"]
 
@@ -42,12 +42,10 @@ def read_log(output: str | Path) -> list[dict[str, float]]:
 
 def write_log(output: Path, log: list[dict[str, float]]) -> None:
     """Writes ``log.csv``, one row per epoch, in one step."""
-    temporary = output / ".log.csv.writing"
-    with temporary.open("w", newline="") as file:
+    with replacing(output / "log.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, LOG_COLUMNS, restval="nan")  # of epochs trained before there was such a column
         writer.writeheader()
         writer.writerows({key: _rounded(value) for key, value in row.items()} for row in log)
-    os.replace(temporary, output / "log.csv")
 
 
 def _rounded(value: float) -> float:
