@@ -42,18 +42,17 @@ EXTRAS = {
         "torchmetrics>=1.4",
         "tqdm>=4.66",
     ],
+    "data": ["elpv-dataset>=1.0", "webdataset>=1.0"],
     "seg": ["albumentations>=2.0", "torchmetrics>=1.4", *SEGMENTATION_FRAMEWORKS],
-    "det": ["albumentations>=2.0", "pycocotools>=2.0.8"],
-    "vlm": ["open-clip-torch>=2.30", "transformers>=4.57"],
+    "det": ["albumentations>=2.0", "faster-coco-eval>=1.6", "pycocotools>=2.0.8", "torchmetrics>=1.4"],
+    "vlm": ["open-clip-torch>=2.30", "peft>=0.13", "transformers>=4.57"],
+    "explain": ["grad-cam>=1.5"],
     "cpu": ["numba>=0.60"],  # compiled loops: scans on CPUs are several times faster
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.7"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
 EXTRAS["dev"] = [
-    *EXTRAS["train"],
-    *EXTRAS["cpu"],
-    *EXTRAS["export"],
-    *SEGMENTATION_FRAMEWORKS,
+    *EXTRAS["all"],
     "pre-commit>=3.7",
     "pytest>=8.0",
     "pytest-xdist>=3.6",

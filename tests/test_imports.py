@@ -28,6 +28,7 @@ OPTIONAL = {
         "onnx",
     ),
     *("onnxruntime", "onnxscript", "open_clip", "pycocotools", "rich", "safetensors", "sklearn", "torchmetrics"),
+    *("elpv_dataset", "peft", "pytorch_grad_cam", "webdataset"),
     *("tensorboard", "tqdm", "transformers", "triton", "yaml", "huggingface_hub", "numba", "llvmlite"),
 }
 COMPILERS = {"triton", "numba", "llvmlite"}
@@ -50,7 +51,11 @@ LAYERS = (  # the most specific folder first
     Layer("kernels", frozenset({"torch", "numpy", *COMPILERS}), ()),
     Layer("backbones/scans", frozenset({"torch"}), ("zoo.kernels",)),
     Layer("backbones", frozenset({"torch", "timm"}), ("zoo.kernels", "zoo.registry")),
-    Layer("heads", frozenset(CORE | {"open_clip", "transformers", "mmseg", "mmengine"}), ("zoo.registry",)),
+    Layer(
+        "heads",
+        frozenset(CORE | {"open_clip", "transformers", "peft", "mmseg", "mmengine"}),
+        ("zoo.registry", "zoo.kernels", "zoo.backbones.layers", "zoo.backbones.scans"),
+    ),
     Layer("configs", frozenset(), ()),
     Layer("zoo", frozenset(CORE | OPTIONAL - COMPILERS), ("zoo.backbones", "zoo.heads", "zoo.kernels", "zoo.configs")),
     Layer("tools", frozenset(CORE | OPTIONAL | COMPARED), ("zoo",)),

@@ -14,13 +14,18 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+import zoo.engine.class_report as class_report
 import zoo.engine.report as reporting
 from zoo.config import load_config
-from zoo.data import Normalize, TensorLoader, load_digits, open_split
+from zoo.data import Normalize, TensorLoader, load_digits
 from zoo.engine import load_trained, read_log, train
+from zoo.engine.checkpoint import save_checkpoint
+from zoo.engine.class_report import WORST, find_answers
 from zoo.engine.figures import draw_confusion, draw_curves, shorten
-from zoo.engine.report import WORST, EpochMeter, RunReport, TensorBoardLog, find_answers
+from zoo.engine.report import RunReport, TensorBoardLog
 from zoo.engine.run_folder import write_log
+from zoo.engine.task import Place
+from zoo.engine.tasks.classification import Classification
 from zoo.files import replacing
 
 SMALL = [
@@ -32,6 +37,7 @@ SMALL = [
     "optim.warmup_epochs=1",
     "cpu=true",
 ]
+SHOWN = {"panels": Classification.panels, "goal": "top1"}
 FILES = ("curves.png", "confusion.png", "worst.png", "confusion.csv", "classes.csv")
 ROW = {"epoch": 1, "lr": 1e-3, "train_loss": 2.0, "train_top1": 30.0, "val_loss": 1.9, "top1": 40.0, "top5": 90.0}
 ROW |= {"images_per_second": 100.0, "data_seconds": 1.0, "seconds": 10.0}
@@ -57,11 +63,11 @@ def run(tmp_path_factory):
 
 
 def report_of(folder, *overrides):
-    """The report of a finished run, its best model, its data and its log."""
-    model, card = load_trained(folder)
+    """The report of a finished run, its best model and its log."""
+    model, _ = load_trained(folder)
     config = small_config(folder, *overrides)
-    data, _ = open_split(config.data, config.data.val_split)
-    return RunReport(config, card), model, data, read_log(folder)
+    task = Classification(config, Place(torch.device("cpu")))
+    return RunReport(config, task), model, read_log(folder)
 
 
 def is_picture(path):
@@ -101,10 +107,10 @@ def test_run_leaves_pictures_and_tables(run):
 
 
 def test_report_draws_no_random_numbers(run):
-    report, model, data, log = report_of(run)
+    report, model, log = report_of(run)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     report.after_epoch(log)
-    report.finish(model, data, log, trained=2)
+    report.finish(model, log, trained=2)
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all()
     assert before[2] == random.getstate()
@@ -123,19 +129,15 @@ def test_finished_run_gets_back_what_is_missing_and_nothing_else(run):
 def test_continued_run_draws_its_whole_log(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(reporting, "draw_curves", lambda log, *_: drawn.append([row["epoch"] for row in log]))
-    monkeypatch.setattr(reporting, "plot_images", lambda *_: None)
     monkeypatch.setattr(RunReport, "_report_weights", lambda *_: None)
-    save = "zoo.engine.loop.save_checkpoint"
 
     def killed(output, epoch, *arguments):
         if epoch == 2:
             raise KeyboardInterrupt
-        return original(output, epoch, *arguments)
+        return save_checkpoint(output, epoch, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        from zoo.engine.loop import save_checkpoint as original
-
-        patch.setattr(save, killed)
+        patch.setattr("zoo.engine.loop.save_checkpoint", killed)
         train(small_config(tmp_path))
     train(small_config(tmp_path, "resume=auto"))
     assert drawn[0] == [1]
@@ -149,10 +151,10 @@ def test_picture_that_fails_leaves_the_old_one_and_is_reported_once(run, monkeyp
         Path(path).write_bytes(b"half a picture")
         raise OSError(28, "No space left on device")
 
-    report, model, data, log = report_of(run)
+    report, model, log = report_of(run)
     before = {name: (run / name).read_bytes() for name in FILES}
     monkeypatch.setattr(Figure, "savefig", full_disk)
-    report.finish(model, data, log, trained=1)
+    report.finish(model, log, trained=1)
     for _ in range(2):
         report.next_drawing = 0
         report.after_epoch(log)
@@ -176,8 +178,7 @@ def test_without_matplotlib_training_says_once_what_is_missing(tmp_path, monkeyp
     for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib.figure"]:
         monkeypatch.setitem(sys.modules, module, None)
     assert train(small_config(tmp_path)).trained == 2
-    missing = "curves.png, confusion.png, worst.png will not be drawn"
-    assert caplog.text.count("will not be drawn") == caplog.text.count(missing) == 1
+    assert caplog.text.count("No pictures will be drawn") == 1
     assert "pip install 'vision-ssm-zoo[train]'" in caplog.text
     assert "Not made" not in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix in (".png", ".csv")) == [
@@ -207,7 +208,7 @@ def test_waiting_too_long_is_reported_once(run, caplog):
     assert not caplog.text
     for epoch in (2, 3):
         report.after_epoch([{**ROW, "epoch": epoch, "data_seconds": 2.1}])
-    assert caplog.text.count("Epoch 2 waited for images for 2.1 of its 10.0 s") == 1
+    assert caplog.text.count("Epoch 2 waited for its data for 2.1 of its 10.0 s") == 1
     assert "Epoch 3" not in caplog.text
     assert "in memory, where data.workers (now 3;" in caplog.text
     report.config.data.name = "folder"
@@ -216,11 +217,13 @@ def test_waiting_too_long_is_reported_once(run, caplog):
     assert "raise data.workers (now 3;" in caplog.text
 
 
-def test_training_accuracy_counts_the_larger_share_of_mixed_images():
-    meter = EpochMeter()
-    meter.add(torch.eye(3), torch.tensor([0, 1, 1]))
-    meter.add(torch.eye(3), torch.tensor([[0.6, 0.4, 0.0], [0.6, 0.4, 0.0], [0.1, 0.2, 0.7]]))
-    assert meter.top1(3) == pytest.approx(100 * 4 / 6)
+def test_training_accuracy_counts_the_larger_share_of_mixed_images(tmp_path):
+    task = Classification(small_config(tmp_path), Place(torch.device("cpu")))
+    task._count(torch.eye(3), torch.tensor([0, 1, 1]))
+    task._count(torch.eye(3), torch.tensor([[0.6, 0.4, 0.0], [0.6, 0.4, 0.0], [0.1, 0.2, 0.7]]))
+    assert task.train_scores() == {"train_top1": pytest.approx(100 * 4 / 6)}
+    task.reset_train_scores(task.train_state())
+    assert task.train_scores() == {"train_top1": pytest.approx(100 * 4 / 6)}
 
 
 def test_worst_images_are_the_worst_of_all_batches(run):
@@ -265,23 +268,23 @@ def test_confusion_matrix_of_any_size(tmp_path, classes):
 
 
 def test_classes_beyond_the_largest_matrix_are_left_out(run, monkeypatch, caplog):
-    report, model, data, log = report_of(run)
+    report, model, log = report_of(run)
     before = times(run)
-    monkeypatch.setattr(reporting, "LARGEST_CONFUSION", 9)
-    report.finish(model, data, log, trained=1)
+    monkeypatch.setattr(class_report, "LARGEST_CONFUSION", 9)
+    report.finish(model, log, trained=1)
     assert "No confusion matrix and no classes.csv for 10 classes" in caplog.text
     assert {name for name in FILES if times(run)[name] != before[name]} == {"worst.png"}
 
 
 def test_curves_of_one_epoch_and_of_old_logs(tmp_path):
     old = {name: value for name, value in ROW.items() if name not in ("train_top1", "data_seconds")}
-    draw_curves([old], tmp_path / "one.png", "one epoch of an older version")
-    draw_curves([{**old, "val_loss": float("inf")}, {**ROW, "epoch": 2}], tmp_path / "two.png", "mixed")
+    draw_curves([old], tmp_path / "one.png", "one epoch of an older version", **SHOWN)
+    draw_curves([{**old, "val_loss": float("inf")}, {**ROW, "epoch": 2}], tmp_path / "two.png", "mixed", **SHOWN)
     assert is_picture(tmp_path / "one.png") and is_picture(tmp_path / "two.png")
     write_log(tmp_path, [old, {**ROW, "epoch": 2}])
     log = read_log(tmp_path)
     assert np.isnan(log[0]["train_top1"]) and log[1]["train_top1"] == 30
-    draw_curves(log, tmp_path / "two.png", "read back")
+    draw_curves(log, tmp_path / "two.png", "read back", **SHOWN)
 
 
 def test_names_are_cut_and_not_read_as_formulas():
@@ -312,15 +315,15 @@ def test_tensorboard_is_told_the_whole_log_when_a_run_continues(tmp_path, monkey
     config.tensorboard = True
     log = train(config).log
     assert written[0] == (tmp_path / "tensorboard", 1)
-    assert ("accuracy/validation_top1", log[1]["top1"], 2) in written
-    assert len(written) == 2 + 2 * len(TensorBoardLog.TAGS)  # opened and closed, and two epochs
+    assert ("scores/top1", log[1]["top1"], 2) in written
+    assert len(written) == 2 + 2 * (len(log[0]) - 1)  # opened and closed, and two epochs
     assert written[-1] == "closed"
 
     again = TensorBoardLog(tmp_path)
     written.clear()
     again.add(log)
     again.add([*log, {**ROW, "epoch": 3}])
-    assert [entry[2] for entry in written if entry[0] == "loss/training"] == [1, 2, 3]
+    assert [entry[2] for entry in written if entry[0] == "loss/train_loss"] == [1, 2, 3]
 
 
 def test_tensorboard_reads_what_is_written(tmp_path):
@@ -337,7 +340,7 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     continued.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    values = [(event.step, event.value) for event in events.Scalars("accuracy/validation_top1")]
+    values = [(event.step, event.value) for event in events.Scalars("scores/top1")]
     assert values == [(1, 10.0), (2, 20.0), (3, 30.0)]
 
 

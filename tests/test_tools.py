@@ -119,7 +119,7 @@ def test_pictures_of_any_size(tmp_path):
     import torch
 
     row = {"epoch": 1, "lr": 1e-3, "train_loss": 2.0, "val_loss": 1.9, "top1": 40.0}
-    draw_curves([row], tmp_path / "curves.png", "one epoch")
+    draw_curves([row], tmp_path / "curves.png", "one epoch", {"loss": ("train_loss", "val_loss")}, "top1")
     draw_confusion(
         torch.eye(100, dtype=torch.long), [str(i) for i in range(100)], tmp_path / "confusion.png", "hundred"
     )

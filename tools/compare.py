@@ -19,11 +19,10 @@ from pathlib import Path
 
 from zoo.engine import read_log
 from zoo.engine.figures import draw_runs
-from zoo.engine.run_folder import LOG_COLUMNS
 from zoo.optional import require
 from zoo.tools.tables import aligned
 
-METRICS = tuple(column for column in LOG_COLUMNS if column != "epoch")
+ALWAYS_THERE = ("lr", "train_loss", "images_per_second", "data_seconds", "seconds")
 LOW_IS_GOOD = ("train_loss", "val_loss", "data_seconds", "seconds")
 
 _logger = logging.getLogger(__name__)
@@ -56,19 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--metric",
         nargs="+",
-        choices=METRICS,
-        default=["top1", "val_loss"],
         metavar="COLUMN",
-        help=f"columns of the log, the first one sorts the table; of {', '.join(METRICS)}; default top1 val_loss",
+        help="columns of the log, the first one sorts the table; default top1 val_loss, or all scores of another task",
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        runs = read_runs(options.runs, options.metric)
-        print(format_table(table(runs, options.metric)))
+        runs = read_runs(options.runs)
+        metrics = choose_metrics(runs, options.metric)
+        print(format_table(table(runs, metrics)))
         output = Path(options.output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        draw_runs({name: run.log for name, run in runs.items()}, options.metric, output)
+        draw_runs({name: run.log for name, run in runs.items()}, metrics, output)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -76,28 +74,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_runs(folders: Sequence[str | Path], metrics: Sequence[str]) -> dict[str, Run]:
+def read_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
     """Reads the logs of runs. A run without a finished epoch is reported and left out.
 
     Args:
         folders: Folders of runs; one that is given twice counts once.
-        metrics: Columns that will be shown.
 
     Returns:
         The runs by the shortest names that tell them apart: ends of their paths.
 
     Raises:
         FileNotFoundError: If a folder is not there or holds no run.
-        ValueError: If a log cannot be read, no run has a finished epoch, or none has one of the metrics.
+        ValueError: If a log cannot be read, or no run has a finished epoch.
     """
     unique = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     runs = [run for folder in unique if (run := _read_run(folder))]
     if not runs:
         raise ValueError(f"no epoch is finished in any of: {', '.join(map(str, folders))}")
-    for metric in metrics:
-        if not any(best_row(run.log, metric) for run in runs):
-            raise ValueError(f"no log has values of {metric}: the runs are older than it; choose another --metric")
     return dict(zip(_short_names([run.folder for run in runs]), runs, strict=True))
+
+
+def choose_metrics(runs: dict[str, Run], wanted: Sequence[str] | None) -> list[str]:
+    """The columns to show: those wanted; else those of classifiers, or all scores that the first run has.
+
+    Raises:
+        ValueError: If no run has values of one that is wanted.
+    """
+    columns = list(dict.fromkeys(column for run in runs.values() for column in run.log[-1] if column != "epoch"))
+    if not wanted:
+        scores = [column for column in columns if column not in ALWAYS_THERE]
+        return [name for name in ("top1", "val_loss") if name in scores] or scores
+    for metric in wanted:
+        if not any(best_row(run.log, metric) for run in runs.values()):
+            raise ValueError(f"no log has values of {metric}; choose another --metric of {', '.join(columns)}")
+    return list(wanted)
 
 
 def _read_run(folder: Path) -> Run | None:
@@ -108,7 +118,7 @@ def _read_run(folder: Path) -> Run | None:
         raise FileNotFoundError(f"{folder} holds no run: there is neither config.yaml nor log.csv")
     try:
         log = read_log(folder)
-        needed = {"epoch", "top1", "images_per_second", "seconds"} - set(log[0] if log else ())
+        needed = {"epoch", "images_per_second", "seconds"} - set(log[0] if log else ())
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'log.csv'} is not the log of a run: {error}") from error
     if not log:

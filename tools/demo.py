@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from zoo.config import TrainConfig, load_config
+from zoo.config import ClassificationConfig, load_config
 from zoo.data import Normalize, TensorData, open_split
 from zoo.engine import TrainResult, load_trained, train
 from zoo.engine.figures import draw_confusion
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def draw(config: TrainConfig, result: TrainResult) -> tuple[float, int]:
+def draw(config: ClassificationConfig, result: TrainResult) -> tuple[float, int]:
     """Draws the pictures of a finished run from its last weights, but for the curves, which the run has drawn.
 
     The last weights rather than the best ones: choosing by the test images would flatter the result.

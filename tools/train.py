@@ -1,4 +1,4 @@
-"""Trains an image classifier.
+"""Trains a model.
 
 One process:        python -m zoo.tools.train vim/micro_digits
 Other settings:     python -m zoo.tools.train vim/micro_digits optim.lr=3e-3 output=runs/second
@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 
 from zoo.config import list_configs, load_config
-from zoo.engine import train
+from zoo.engine import TrainResult, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the tool and returns its exit status: 0 done, 1 failed, 130 interrupted."""
+    """Runs the tool and returns its exit status: 0 done or stopped by SIGTERM, 1 failed, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m zoo.tools.train",
         description=__doc__,
@@ -39,13 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the finished epochs are saved, continue with resume=auto", file=sys.stderr)
+        print("interrupted; what is trained is saved, continue with resume=auto", file=sys.stderr)
         return 130
     if is_main_process:
-        print(f"Trained {result.trained} epochs; the run in {result.output} is complete.")
-        print(f"Best validation accuracy {result.best['top1']:.2f} % after epoch {result.best['epoch']}")
-        print(f"Weights: {result.output / 'best.safetensors'}   log: {result.output / 'log.csv'}")
+        print(_summary(result))
     return 0
+
+
+def _summary(result: TrainResult) -> str:
+    if not result.complete:
+        return f"stopped as asked; the state is saved in {result.output}, continue with resume=auto"
+    return (
+        f"Trained {result.trained} epochs; the run in {result.output} is complete.\n"
+        f"Best {result.goal_label}: {result.best[result.goal]:.2f} after epoch {result.best['epoch']}\n"
+        f"Weights: {result.output / 'best.safetensors'}   log: {result.output / 'log.csv'}"
+    )
 
 
 if __name__ == "__main__":

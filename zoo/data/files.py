@@ -7,6 +7,7 @@ name and counted, and is then an error or left out as the caller chose.
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,8 +17,11 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils import random_seed
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+
+from zoo.data.memory import epoch_order
 
 __all__ = ["FileLoader", "class_names_of", "open_files", "report_bad_files", "why_unreadable"]
 
@@ -124,8 +128,9 @@ def report_bad_files(reasons: Mapping[str, str], total: int, place: object, bad_
 class FileLoader:
     """Loads batches of image files with worker processes and puts them on one device.
 
-    Like :class:`zoo.data.memory.TensorLoader`, the order and the random numbers of the workers depend only on ``seed``
-    and the epoch number, and several processes take interleaved shares.
+    Like :class:`zoo.data.memory.TensorLoader`, the order depends only on ``seed`` and the epoch number, and several
+    processes take interleaved shares of it. The random numbers of an image depend only on these and its index, not on
+    the worker or the process that reads it.
 
     Args:
         dataset: What :func:`open_files` returned.
@@ -156,46 +161,82 @@ class FileLoader:
     ) -> None:
         self.device = torch.device(device)
         self.dataset = dataset
+        self.is_stream = isinstance(dataset, IterableDataset)
+        self.batch_size = batch_size
+        self.first_batch = 0
         self.seed = seed * 1_000_003 + rank
         self.generator = torch.Generator()
         getattr(dataset, "dataset", dataset).transform = transform
-        sampler = None
-        if isinstance(dataset, IterableDataset):
+        if self.is_stream:
             dataset.set_loader_cfg(num_workers=workers)  # streams divide themselves among the processes
-        elif training:
-            if len(dataset) < batch_size * world_size:
-                raise ValueError(
-                    f"{len(dataset)} training images do not fill one batch of {batch_size} on each of {world_size} "
-                    "processes; lower data.batch_size"
-                )
-            sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
-        else:
-            sampler = range(rank, len(dataset), world_size)
+        elif training and len(dataset) < batch_size * world_size:
+            raise ValueError(
+                f"{len(dataset)} training images do not fill one batch of {batch_size} on each of {world_size} "
+                "processes; lower data.batch_size"
+            )
+        self.order = None if self.is_stream else _Order(len(dataset), training, seed, rank, world_size)
         self.loader = DataLoader(
-            dataset,
+            dataset if self.is_stream else _SeededImages(dataset, self.order),
             batch_size,
-            sampler=sampler,
+            sampler=self.order,
             num_workers=workers,
             drop_last=training,
             pin_memory=self.device.type == "cuda",
             generator=self.generator,
         )
+        self.batches = len(self.loader)
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order and the augmentation of the next pass."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the order and the augmentation of the next pass, and the batch that it starts with."""
         self.generator.manual_seed(self.seed + 7919 * epoch)
-        for part in (self.loader.sampler, self.dataset):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+        self.first_batch = first_batch
+        if self.order:
+            self.order.epoch, self.order.first = epoch, first_batch * self.batch_size
+        elif hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields uint8 images of shape (B, C, H, W) and int64 labels of shape (B,)."""
-        for images, labels in self.loader:
+        batches = islice(self.loader, self.first_batch, None) if self.is_stream else self.loader
+        for images, labels in batches:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class _Order(Sampler[int]):
+    """The share of one process of an epoch's order, from a certain place on."""
+
+    def __init__(self, count: int, training: bool, seed: int, rank: int, world_size: int) -> None:
+        self.count, self.training, self.seed = count, training, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.first = 0, 0
+
+    def __len__(self) -> int:
+        share = self.count // self.world_size if self.training else len(range(self.rank, self.count, self.world_size))
+        return share - self.first
+
+    def __iter__(self) -> Iterator[int]:
+        order = epoch_order(self.count, self.training, self.seed, self.epoch, self.rank, self.world_size)
+        return iter(order[self.first : self.first + len(self)].tolist())
+
+
+class _SeededImages(Dataset):
+    """Images whose random numbers follow from seed, epoch and index."""
+
+    def __init__(self, images: Dataset, order: _Order) -> None:
+        self.images = images
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.order.training:
+            random_seed(hash((self.order.seed, self.order.epoch, index)) % 2**32)
+        return self.images[index]
 
 
 def _find_split(name: str, root: str | None, split: str) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoo.optional import require
 
-__all__ = ["TensorData", "TensorLoader", "load_digits"]
+__all__ = ["TensorData", "TensorLoader", "epoch_order", "load_digits"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,19 @@ def load_digits(split: str) -> TensorData:
     return TensorData(images[chosen], labels[chosen], names, mean=(0.305,), std=(0.376,))
 
 
+def epoch_order(count: int, training: bool, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> Tensor:
+    """Indices (N,) that a process visits in an epoch: shuffled for training, else in order.
+
+    Processes take interleaved shares of one order, so that what they see at a time together does not depend on their
+    number.
+    """
+    if training:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    else:
+        order = torch.arange(count)
+    return order[rank::world_size]
+
+
 class TensorLoader:
     """Iterates over batches of a :class:`TensorData` that lies on one device.
 
@@ -114,11 +127,11 @@ class TensorLoader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self.epoch, self.first_batch = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next pass."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the order of the next pass, and the batch that it starts with."""
+        self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
         if self.training:
@@ -128,11 +141,7 @@ class TensorLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields uint8 images of shape (B, C, H, W) and int64 labels of shape (B,)."""
-        count = len(self.labels)
-        if self.training:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
-        else:
-            order = torch.arange(count)
-        share = order[self.rank :: self.world_size].to(self.labels.device)
-        for batch in share.split(self.batch_size)[: len(self)]:
+        order = epoch_order(len(self.labels), self.training, self.seed, self.epoch, self.rank, self.world_size)
+        share = order.to(self.labels.device)
+        for batch in share.split(self.batch_size)[self.first_batch : len(self)]:
             yield self.images[batch], self.labels[batch]

@@ -1,4 +1,4 @@
-"""Training, evaluation and prediction of image classifiers."""
+"""Training, evaluation and prediction of models."""
 
 from zoo.engine.checkpoint import ModelCard, find_checkpoint, load_trained, save_weights
 from zoo.engine.evaluate import Evaluation, evaluate

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import zoo
-from zoo.config import TrainConfig
+from zoo.config import ClassificationConfig, TrainConfig
 from zoo.data import TensorData, resolve_preprocessing
 from zoo.engine.checkpoint import ModelCard
 from zoo.weights import checkpoint_filter
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 
 def build_model(
-    config: TrainConfig, data: TensorData | Dataset, class_names: tuple[str, ...] | None
+    config: ClassificationConfig, data: TensorData | Dataset, class_names: tuple[str, ...] | None
 ) -> tuple[nn.Module, ModelCard]:
     """Creates the model for the data and writes down how.
 
@@ -78,7 +78,7 @@ def recompute(model: nn.Module, scope: str) -> None:
         raise ValueError(f"{type(model).__name__} cannot recompute {scope!r}; use 'block'") from error
 
 
-def build_loss(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+def build_loss(config: ClassificationConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
     """Returns Mixup, which makes soft targets with the smoothing already in them, or None, and the loss."""
     augment = config.augment
     if not (augment.mixup or augment.cutmix):

@@ -4,9 +4,10 @@ A run's folder holds::
 
     config.yaml                     the complete configuration
     log.csv                         one row per epoch
-    best.safetensors                weights of the highest validation accuracy (their moving average, if there is one)
+    best.safetensors                weights of the highest validation score (their moving average, if there is one)
     last.safetensors                the same of the last epoch
     checkpoints/epoch-0007/         the two newest states: model.safetensors and training.pt
+    checkpoints/epoch-0007+00000300/    such a state within an epoch, 300 updates after the seventh
 
 Pictures and tables are listed in :mod:`zoo.engine.report`.
 
@@ -19,7 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-import zoo
 from zoo.data import Preprocessing
 from zoo.files import replacing
 
-__all__ = ["Checkpoint", "ModelCard", "find_checkpoint", "load_trained", "save_checkpoint", "save_weights"]
+__all__ = ["Checkpoint", "ModelCard", "find_checkpoint", "load_trained", "read_card", "save_checkpoint", "save_weights"]
 
 _logger = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ class ModelCard:
         preprocessing: How images become inputs.
         data: Name of the data that it was trained on.
         epoch: Number of epochs trained.
-        top1: Validation accuracy in percent after that epoch.
+        scores: Of the validation data after that epoch, by the names of the log's columns.
         descriptions: Readable names in label order, if ``class_names`` are codes; else empty.
+        task: What it was trained for, see :mod:`zoo.engine.task`.
     """
 
     model: str
@@ -61,8 +62,9 @@ class ModelCard:
     preprocessing: Preprocessing
     data: str
     epoch: int = 0
-    top1: float = 0.0
+    scores: Mapping[str, float] = field(default_factory=dict)
     descriptions: tuple[str, ...] = ()
+    task: str = "classification"
 
     @property
     def shown_names(self) -> tuple[str, ...]:
@@ -76,14 +78,15 @@ class ModelCard:
     @classmethod
     def from_header(cls, header: Mapping[str, str]) -> "ModelCard":
         """Reads what :meth:`to_header` made."""
-        fields = json.loads(header[HEADER_KEY])
+        values = json.loads(header[HEADER_KEY])
         preprocessing = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in fields["preprocessing"].items()
+            name: tuple(value) if isinstance(value, list) else value for name, value in values["preprocessing"].items()
         }
-        fields["preprocessing"] = Preprocessing(**preprocessing)
-        fields["class_names"] = tuple(fields["class_names"])
-        fields["descriptions"] = tuple(fields["descriptions"])
-        return cls(**fields)
+        values["preprocessing"] = Preprocessing(**preprocessing)
+        values["class_names"] = tuple(values["class_names"])
+        values["descriptions"] = tuple(values["descriptions"])
+        known = {entry.name for entry in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})  # others are of other versions
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Checkpoint:
     Attributes:
         path: Its folder.
         weights: The model's state dictionary.
-        training: ``epoch`` (number of finished epochs), ``optimizer``, ``scheduler``, ``ema``, ``scaler``, ``best``.
+        training: ``epoch`` (number of finished epochs), ``update`` (updates after them) and the loop's own state.
     """
 
     path: Path
@@ -124,9 +127,24 @@ def load_trained(path: str | Path, device: torch.device | str = "cpu") -> tuple[
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, or has no card because something else wrote it.
     """
+    from zoo.engine.task import find_task  # tasks are built on this module
+
     path = Path(path)
     file = path / "best.safetensors" if path.is_dir() else path
-    if not file.is_file():
+    card = read_card(file)
+    model = find_task(card.task).create_model(card)
+    model.load_state_dict(load_file(file))
+    return model.to(device).eval(), card
+
+
+def read_card(file: str | Path) -> ModelCard:
+    """Reads the card of a ``.safetensors`` file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or has no card because something else wrote it.
+    """
+    if not Path(file).is_file():
         raise FileNotFoundError(f"no weights at {file}")
     try:
         with safe_open(file, framework="pt") as opened:
@@ -137,34 +155,44 @@ def load_trained(path: str | Path, device: torch.device | str = "cpu") -> tuple[
         raise ValueError(
             f"{file} does not say which model it belongs to; give the model's name and the file separately"
         )
-    card = ModelCard.from_header(header)
-    model = zoo.create_model(card.model, pretrained=False, **card.kwargs)
-    model.load_state_dict(load_file(file))
-    return model.to(device).eval(), card
+    return ModelCard.from_header(header)
 
 
 def save_checkpoint(
-    output: str | Path, epoch: int, weights: Mapping[str, Tensor], training: Mapping[str, Any], card: ModelCard
+    output: str | Path,
+    epoch: int,
+    update: int,
+    weights: Mapping[str, Tensor],
+    training: Mapping[str, Any],
+    card: ModelCard,
 ) -> Path:
-    """Writes ``checkpoints/epoch-NNNN`` and removes all but the two newest.
+    """Writes ``checkpoints/epoch-NNNN`` or ``checkpoints/epoch-NNNN+UUUUUUUU`` and removes all but the two newest.
 
     Args:
         output: The run's folder.
         epoch: Number of finished epochs.
+        update: Number of updates after them; 0 at the end of an epoch.
         weights: The model's state dictionary (not its moving average).
         training: What else is needed to continue; plain values and tensors only.
         card: Goes into the header of the weights.
 
     Returns:
         The new folder.
+
+    Raises:
+        OSError: If there is no room; the earlier checkpoints stay.
     """
     folder = Path(output) / "checkpoints"
     temporary = folder / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_weights(temporary / "model.safetensors", weights, replace(card, epoch=epoch))
-    torch.save({"epoch": epoch, **training}, temporary / "training.pt")
-    final = folder / f"epoch-{epoch:04d}"
+    try:
+        save_weights(temporary / "model.safetensors", weights, replace(card, epoch=epoch))
+        torch.save({"epoch": epoch, "update": update, **training}, temporary / "training.pt")
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write a checkpoint into {folder} ({error}); the earlier ones are whole") from error
+    final = folder / (f"epoch-{epoch:04d}+{update:08d}" if update else f"epoch-{epoch:04d}")
     shutil.rmtree(final, ignore_errors=True)  # left by a run that went further and was taken back
     os.replace(temporary, final)
     for old in _newest_first(folder)[KEPT:]:
@@ -199,4 +227,9 @@ def find_checkpoint(path: str | Path) -> Checkpoint | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch-*"), key=lambda path: int(path.name.removeprefix("epoch-")), reverse=True)
+    """Checkpoints by what their names say: epoch, then update."""
+    return sorted(
+        folder.glob("epoch-*"),
+        key=lambda path: [int(number) for number in path.name.removeprefix("epoch-").split("+")],
+        reverse=True,
+    )

@@ -3,6 +3,7 @@
 Files are written under a temporary name and then renamed, so that one that can be seen is whole.
 """
 
+import logging
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,11 @@ from zoo.files import replacing
 from zoo.optional import require
 from zoo.plots import BLUE, DPI, GREY, ORANGE, new_figure
 
-__all__ = ["draw_confusion", "draw_curves", "draw_runs", "shorten", "spread"]
+__all__ = ["can_draw", "draw_confusion", "draw_curves", "draw_runs", "shorten", "spread"]
 
+_logger = logging.getLogger(__name__)
+
+SCORE_COLORS = (ORANGE, "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 NUMBERED_CLASSES = 30  # a confusion matrix with more classes shows no numbers
 NAMED_CLASSES = 120  # one with more classes shows no names either
 SHOWN_CELLS = 250  # rows and columns of a confusion matrix that can be told apart
@@ -43,38 +47,68 @@ def shorten(name: str, longest: int = LONGEST_NAME) -> str:
     return short.replace("$", r"\$")
 
 
-def draw_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
-    """Draws losses, accuracies and the learning rate over the epochs.
+def can_draw(warn: bool = False) -> bool:
+    """Whether there is matplotlib.
+
+    Args:
+        warn: Say so in the log if there is none, and how to get it.
+    """
+    try:
+        require("matplotlib.figure")
+    except ImportError as error:
+        if warn:
+            _logger.warning("No pictures will be drawn: %s", error)
+        return False
+    return True
+
+
+def draw_curves(
+    log: Sequence[Mapping[str, float]], path: Path, title: str, panels: Mapping[str, Sequence[str]], goal: str
+) -> None:
+    """Draws losses, scores and the learning rate over the epochs.
 
     Args:
         log: Rows of a run's log, see :func:`zoo.engine.read_log`.
         path: The PNG file.
         title: Line above the picture.
+        panels: Columns that are drawn together, by the label of their axis.
+        goal: The column whose highest value is marked.
     """
-    figure = new_figure(13, 4)
-    losses, accuracies, rates = figure.subplots(1, 3, width_ratios=(1, 1, 0.7))
-    best = max(log, key=lambda row: row["top1"])
-
-    _plot(losses, log, "train_loss", BLUE, "training (augmented images)")
-    _plot(losses, log, "val_loss", ORANGE, f"validation, now {log[-1]['val_loss']:.3g}")
-    losses.set(ylabel="cross-entropy loss")
-
-    _plot(accuracies, log, "train_top1", BLUE, "training (augmented images)")
-    label = f"validation, best {best['top1']:.2f} % after epoch {best['epoch']}"
-    _plot(accuracies, log, "top1", ORANGE, label)
-    accuracies.plot(best["epoch"], best["top1"], "o", color=ORANGE, markersize=5)
-    accuracies.set(ylabel="top-1 accuracy (%)")
+    figure = new_figure(4.8 * len(panels) + 3.4, 4)
+    *score_axes, rates = figure.subplots(1, len(panels) + 1, width_ratios=(*[1] * len(panels), 0.7))
+    for axes, (label, columns) in zip(score_axes, panels.items(), strict=True):
+        colors = iter(SCORE_COLORS)
+        for column in columns:
+            training = column.startswith("train")
+            shown = _curve_label(log, column, goal, alone=len(columns) == 2)
+            _plot(axes, log, column, BLUE if training else next(colors), shown)
+        axes.set(ylabel=label)
+        if goal in columns:
+            best = max(log, key=lambda row: row[goal])
+            axes.plot(best["epoch"], best[goal], "o", color=ORANGE, markersize=5)
 
     _plot(rates, log, "lr", GREY, f"now {log[-1]['lr']:.2g}")
     rates.set(ylabel="learning rate")
     rates.yaxis.set_major_formatter("{x:g}")  # matplotlib's own would set a power of ten apart
 
-    for axes in (losses, accuracies, rates):
+    for axes in (*score_axes, rates):
         axes.set(xlabel="epoch")
         # Above the axes, where no curve can run through it.
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, fontsize=LABEL_SIZE)
         _tidy(axes)
     _save(figure, path, title)
+
+
+def _curve_label(log: Sequence[Mapping[str, float]], column: str, goal: str, alone: bool) -> str:
+    """What a curve shows and where it stands; the axis says what it measures if training and validation share it."""
+    name = AXIS_LABELS.get(column, column)
+    if column.startswith("train"):
+        return "training (augmented images)" if alone else name
+    name = "validation" if alone else name
+    if column == goal:
+        best = max(log, key=lambda row: row[goal])
+        return f"{name}, best {best[goal]:.2f} after epoch {best['epoch']}"
+    return f"{name}, now {log[-1].get(column, np.nan):.3g}"
 
 
 def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path, title: str) -> None:

@@ -11,23 +11,14 @@ from zoo.config import TrainConfig, load_config, save_config
 from zoo.engine.checkpoint import Checkpoint, find_checkpoint
 from zoo.files import replacing
 
-__all__ = ["LOG_COLUMNS", "find_start", "prepare_output", "read_log", "write_log"]
+__all__ = ["find_start", "prepare_output", "read_log", "write_log"]
 
 _logger = logging.getLogger(__name__)
 
-LOG_COLUMNS = (
-    "epoch",
-    "lr",  # of the last update
-    "train_loss",
-    "train_top1",  # of augmented images, while the weights change
-    "val_loss",
-    "top1",
-    "top5",
-    "images_per_second",  # of training alone
-    "data_seconds",  # how long the main process waited for training images
-    "seconds",  # of training and evaluation
+MAY_DIFFER = (
+    *("output", "resume", "checkpoint_every", "cpu", "compile", "tensorboard"),
+    *("data.root", "data.workers", "data.download"),
 )
-MAY_DIFFER = ("output", "resume", "cpu", "compile", "tensorboard", "data.root", "data.workers", "data.download")
 
 
 def read_log(output: str | Path) -> list[dict[str, float]]:
@@ -41,9 +32,9 @@ def read_log(output: str | Path) -> list[dict[str, float]]:
 
 
 def write_log(output: Path, log: list[dict[str, float]]) -> None:
-    """Writes ``log.csv``, one row per epoch, in one step."""
+    """Writes ``log.csv``, one row per epoch, in one step; the newest row has all columns."""
     with replacing(output / "log.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, LOG_COLUMNS, restval="nan")  # of epochs trained before there was such a column
+        writer = csv.DictWriter(file, list(log[-1]), restval="nan")  # of epochs trained before there was such a column
         writer.writeheader()
         writer.writerows({key: _rounded(value) for key, value in row.items()} for row in log)
 
