@@ -33,7 +33,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones.layers.backbone import unwrap_checkpoint
+from zoo.backbones.layers.backbone import numbers_for_trace, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
@@ -129,9 +129,9 @@ class LocalMixer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, L, D) of a grid (H, W), the class token in the middle if there is one, to tokens (B, L, D)."""
-        L = x.shape[1]
+        (L,) = numbers_for_trace(x.shape[1])
         routes = local_routes(self.directions, *grid, self.class_token, x.device)
-        padding = functools.reduce(torch.sym_max, (route.steps for route in routes)) - L
+        padding = functools.reduce(torch.sym_max, numbers_for_trace(*(route.steps for route in routes))) - L
         if not isinstance(padding, int) or padding > 0:
             x = F.pad(x, (0, 0, 0, padding))
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L + padding, E) views of one GEMM's output, zero where padded

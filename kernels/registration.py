@@ -13,6 +13,7 @@ from zoo.kernels._backend import backend
 __all__ = [
     "FLOAT_DTYPES",
     "accumulate_dtype",
+    "as_flags",
     "check_dtypes_and_devices",
     "check_tokens",
     "expect_shape",
@@ -28,6 +29,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The dtype of states, exponentials and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def as_flags(values: list[int]) -> list[bool]:
+    """What an op takes as integers, because torch.jit.trace knows no list of bools, as backends take it."""
+    return [bool(value) for value in values]
 
 
 def path_length(x: Tensor, paths: Tensor | None) -> int:

@@ -442,6 +442,18 @@ def test_export_with_any_size(case):
         torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.* is deprecated")
+def test_torchscript_by_tracing(case, tmp_path):
+    """For one image size and any batch; saved and read back, where Python's code is not called any more."""
+    model = make(case).eval()
+    with torch.no_grad():
+        model(images_for(model))  # what is made at first use stays out of the trace
+        torch.jit.save(torch.jit.trace(model, images_for(model)), tmp_path / "model.pt")
+        images = images_for(model, 3)
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(images), model(images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.xfail(
     strict=True,
     reason="torch.jit.script knows neither callable arguments, abstract sequences nor blocks chosen by number; torch "
@@ -449,7 +461,7 @@ def test_export_with_any_size(case):
 )
 @pytest.mark.parametrize("case", ["vim", "vmamba"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
-def test_torchscript(case):
+def test_torchscript_by_scripting(case):
     torch.jit.script(make(case).eval())
 
 

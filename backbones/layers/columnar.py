@@ -14,7 +14,7 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.backbones.layers.backbone import Backbone, fit_parts
+from zoo.backbones.layers.backbone import Backbone, fit_parts, numbers_for_trace
 from zoo.backbones.layers.class_token import (
     ClassToken,
     insert_class_tokens,
@@ -173,7 +173,7 @@ class ColumnarBackbone(Backbone):
                 "the image is not of the model's img_size; use dynamic_img_size=True or set_input_size()",
             )
         x = self.patch_embed(x)  # (B, D, grid H, grid W)
-        grid = (x.shape[-2], x.shape[-1]) if self.dynamic_img_size else self.patch_embed.grid_size
+        grid = numbers_for_trace(x.shape[-2], x.shape[-1]) if self.dynamic_img_size else self.patch_embed.grid_size
         return x.flatten(2).transpose(1, 2), grid
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.backbones.layers.backbone import numbers_for_trace
 from zoo.backbones.layers.neighborhood import neighborhood_aggregate, neighborhood_maps
 from zoo.backbones.layers.recurrence import init_steps, negative_exp
 from zoo.backbones.layers.ss2d import DepthwiseConv
@@ -216,7 +217,7 @@ class MultiScaleMixer(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ScaleMaps]:
         """Queries, keys and values (B, H, W, n, c) to attended values (B, H, W, n, c) and the maps."""
-        kernel_size, dilation, bias = self._windows(q.shape[1], q.shape[2])
+        kernel_size, dilation, bias = self._windows(*numbers_for_trace(q.shape[1], q.shape[2]))
         (near_q, far_q), (near_k, far_k), (near_v, far_v) = (x.chunk(2, dim=3) for x in (q, k, v))
         maps = ScaleMaps(
             neighborhood_maps(near_q, near_k, kernel_size, 1, bias),

@@ -56,7 +56,7 @@ def local_order(direction: str, H: int, W: int, class_token: bool = False) -> Te
         order = (columns if base == "v" else raster)(H, W)[0]
     if direction.endswith("_flip"):
         order = order.flip(0)
-    middle, tokens = H * W // 2, H * W + class_token
+    middle, tokens = H * W // 2, H * W + int(class_token)
     padding = tokens + (order < 0).cumsum(0) - 1
     if not class_token:
         return torch.where(order < 0, padding, order)
@@ -69,7 +69,7 @@ def local_routes(
     directions: tuple[str, ...], H: int, W: int, class_token: bool, device: torch.device
 ) -> tuple[Route, ...]:
     """The routes of several directions over a grid, with their tables (int32) on a device; see :func:`local_order`."""
-    tokens = H * W + class_token
+    tokens = H * W + int(class_token)
     # Between two halves of unequal length the class token is met at another step when the tokens are read backwards.
     mirrored = not class_token or (not torch.compiler.is_exporting() and H * W % 2 == 0)
     routes = []

@@ -53,6 +53,6 @@ def causal_conv1d(
         bias = None if bias is None else bias.unsqueeze(0)
     if x.dim() == 3:
         x = x.unsqueeze(1)
-    reverse = [reverse] * weight.shape[0] if isinstance(reverse, bool) else list(reverse)
+    reverse = [int(reverse)] * weight.shape[0] if isinstance(reverse, bool) else list(map(int, reverse))
     out = torch.ops.zoo.causal_conv1d(x, weight, bias, activation == "silu", reverse)  # (K, B, L, D)
     return out.transpose(0, 1) if several else out.squeeze(0)

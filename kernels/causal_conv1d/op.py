@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels.registration import FLOAT_DTYPES, implementation, show
+from zoo.kernels.registration import FLOAT_DTYPES, as_flags, implementation, show
 
 MAX_WIDTH = 4  # the Triton kernels keep this many tokens in registers
 
@@ -48,9 +48,9 @@ def check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: list[b
 
 
 @torch.library.custom_op("zoo::causal_conv1d", mutates_args=())
-def causal_conv1d_op(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: list[bool]) -> Tensor:
+def causal_conv1d_op(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: list[int]) -> Tensor:
     check_inputs(x, weight, bias, reverse)
-    return implementation("causal_conv1d", x.device).forward(x, weight, bias, silu, reverse)
+    return implementation("causal_conv1d", x.device).forward(x, weight, bias, silu, as_flags(reverse))
 
 
 @causal_conv1d_op.register_fake
@@ -62,10 +62,10 @@ def _(x, weight, bias, silu, reverse):
 
 @torch.library.custom_op("zoo::causal_conv1d_backward", mutates_args=())
 def causal_conv1d_backward_op(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: list[bool]
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: list[int]
 ) -> list[Tensor]:
     """Gradients of x, weight and, if it was given, bias."""
-    return implementation("causal_conv1d", x.device).backward(grad_out, x, weight, bias, silu, reverse)
+    return implementation("causal_conv1d", x.device).backward(grad_out, x, weight, bias, silu, as_flags(reverse))
 
 
 @causal_conv1d_backward_op.register_fake

@@ -108,7 +108,7 @@ def selective_scan(
         C = C.unsqueeze(3)
     if paths is not None and paths.dim() == 1:
         paths = paths.unsqueeze(0)
-    reverse = [reverse] * A.shape[0] if isinstance(reverse, bool) else list(reverse)
+    reverse = [int(reverse)] * A.shape[0] if isinstance(reverse, bool) else list(map(int, reverse))
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, last_state, _ = torch.ops.zoo.selective_scan(

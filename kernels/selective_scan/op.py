@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels.registration import (
     accumulate_dtype,
+    as_flags,
     check_dtypes_and_devices,
     check_tokens,
     expect_shape,
@@ -108,7 +109,7 @@ def selective_scan_op(
     initial_state: Tensor | None,
     paths: Tensor | None,
     delta_softplus: bool,
-    reverse: list[bool],
+    reverse: list[int],
     window: int,
     complete: bool,
     save_states: bool,
@@ -128,7 +129,7 @@ def selective_scan_op(
         initial_state,
         paths,
         delta_softplus,
-        reverse,
+        as_flags(reverse),
         window,
         complete,
         save_states,
@@ -167,14 +168,14 @@ def selective_scan_backward_op(
     initial_state: Tensor | None,
     paths: Tensor | None,
     delta_softplus: bool,
-    reverse: list[bool],
+    reverse: list[int],
     window: int,
     complete: bool,
 ) -> list[Tensor]:
     """Gradients of u, delta, A, B, C, then of D, z, delta_bias and initial_state as far as they were given."""
     return implementation("selective_scan", u.device).backward(
         grad_out, grad_last_state, states,
-        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, complete,
+        u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, as_flags(reverse), window, complete,
     )  # fmt: skip
 
 

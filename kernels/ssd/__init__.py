@@ -93,7 +93,7 @@ def ssd(
     x = x.unsqueeze(1) if x.dim() == 4 else x
     B, C = (t.unsqueeze(3) if t.dim() == 4 else t for t in (B, C))
     paths = paths.unsqueeze(0) if paths is not None and paths.dim() == 1 else paths
-    reverse = [reverse] * dt.shape[1] if isinstance(reverse, bool) else list(reverse)
+    reverse = [int(reverse)] * dt.shape[1] if isinstance(reverse, bool) else list(map(int, reverse))
     out, last_state = torch.ops.zoo.ssd(x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse)
     if not return_last_state:
         return out

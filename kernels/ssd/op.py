@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels.registration import (
     accumulate_dtype,
+    as_flags,
     check_dtypes_and_devices,
     check_tokens,
     expect_shape,
@@ -81,13 +82,13 @@ def ssd_op(
     initial_state: Tensor | None,
     paths: Tensor | None,
     dt_softplus: bool,
-    reverse: list[bool],
+    reverse: list[int],
 ) -> tuple[Tensor, Tensor]:
     check_inputs(x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse)
     if paths is not None and not paths.is_cuda:  # reading a GPU's table would stall it
         check_tokens("ssd", paths, x.shape[2])
     return implementation("ssd", x.device).forward(
-        x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse
+        x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, as_flags(reverse)
     )  # fmt: skip
 
 
@@ -113,11 +114,11 @@ def ssd_backward_op(
     initial_state: Tensor | None,
     paths: Tensor | None,
     dt_softplus: bool,
-    reverse: list[bool],
+    reverse: list[int],
 ) -> list[Tensor]:
     """Gradients of x, dt, B, C, and of A, D, dt_bias and initial_state if they were given, in argument order."""
     return implementation("ssd", x.device).backward(
-        grad_out, grad_last_state, x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse
+        grad_out, grad_last_state, x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, as_flags(reverse)
     )
 
 
