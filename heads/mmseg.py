@@ -30,11 +30,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-from timm.layers import LayerNorm2d
 from timm.models import load_state_dict
-from torch import Tensor, nn
+from torch import Tensor
+
+from zoo.heads.dense_backbone import DenseBackbone
 
 try:
     from mmengine.logging import HistoryBuffer
@@ -115,24 +115,17 @@ def _history_method(owner: Any, name: str) -> Any:
 
 
 @MODELS.register_module()
-class ZooBackbone(BaseModule):
-    """A model of this zoo, or any of timm's with ``forward_intermediates``, as a backbone for dense prediction.
-
-    Hierarchical models give one map per stage, mostly of strides 4, 8, 16 and 32. Columnar models give the maps after
-    chosen blocks, all of the patch's stride (16 for most) and of the same width. ``channels`` and ``strides`` list what
-    comes out, in the order of ``out_indices``.
+class ZooBackbone(DenseBackbone, BaseModule):
+    """:class:`~zoo.heads.dense_backbone.DenseBackbone` with the arguments and the initialisation of mmengine.
 
     Args:
         model_name: Name of the model, with or without tag.
         pretrained: True for published weights, a file or address for others, see ``init_cfg``.
-        out_indices: Stages or blocks whose features are returned, in rising order; negative ones count from the end.
-            Default: all stages, or four blocks, at the end of each quarter of the column.
-        feature_norms: Features that go through a layer norm of their own: True for all, else their indices. They are
-            untrained unless the weights have them, and dense prediction does better with them than without.
-        norm: Whether the other features go through the model's final norm, which pretrained weights have: those of all
-            blocks of columnar models, the last stage's of hierarchical ones.
+        out_indices: As of ``DenseBackbone``.
+        feature_norms: As of ``DenseBackbone``, but all features have a norm of their own by default.
+        norm: As of ``DenseBackbone``.
         in_channels: Image channels.
-        grad_checkpointing: Whether blocks are recomputed in the backward, which saves memory and takes time.
+        grad_checkpointing: As of ``DenseBackbone``.
         init_cfg: ``dict(type="Pretrained", checkpoint=file_or_address, prefix=None)`` for weights that mmengine asks
             for when training begins: ours, the authors', or those of a whole segmentor, where ``prefix="backbone."``
             picks the backbone's. They have to fit but for classifiers and norms of features.
@@ -159,46 +152,18 @@ class ZooBackbone(BaseModule):
                 raise ValueError(f"pretrained={pretrained!r} and init_cfg both name weights; drop one of them")
             pretrained, init_cfg = False, dict(type="Pretrained", checkpoint=pretrained)
         _check_init_cfg(init_cfg, bool(pretrained))
-        super().__init__(dict(init_cfg) if init_cfg else None)
-        self.model_name = model_name
-        self.arguments = dict(num_classes=0, in_chans=in_channels, **kwargs)
-
-        with torch.device("meta"):
-            info = list(timm.create_model(model_name, **self.arguments).feature_info)
-        columnar = len({level["reduction"] for level in info}) == 1
-        self.out_indices = _indices("out_indices", _default_indices(len(info), columnar, out_indices), len(info))
-        normed = self.out_indices if feature_norms is True else feature_norms or ()
-        self.normed = [index for index in _indices("feature_norms", normed, len(info)) if index in self.out_indices]
-        others = set(self.out_indices) - set(self.normed)
-        self.norm = norm and bool(others if columnar else others & {len(info) - 1})
-
-        self.model = self._create()
-        info = list(self.model.feature_info)
-        self.channels = [info[index]["num_chs"] for index in self.out_indices]
-        self.strides = [info[index]["reduction"] for index in self.out_indices]
-        behind = [index for index in self.normed if str(index) not in getattr(self.model, "feature_norms", ())]
-        self.norms = nn.ModuleDict({str(index): LayerNorm2d(info[index]["num_chs"]) for index in behind})
-        self.model.prune_intermediate_layers(self.out_indices, prune_norm=not self.norm)
-        if grad_checkpointing:
-            self.model.set_grad_checkpointing()
-        if pretrained:
-            self._copy_from(timm.create_model(model_name, pretrained=True, **self.arguments))
-            self._is_init = True  # or mmengine would initialise the model anew
-
-    def _create(self) -> nn.Module:
-        """The whole model; with norms for features unless its family has no such argument."""
-        try:
-            return timm.create_model(self.model_name, feature_norms=self.normed, **self.arguments)
-        except TypeError as error:
-            if "feature_norms" not in str(error):
-                raise
-            return timm.create_model(self.model_name, **self.arguments)
-
-    def _copy_from(self, source: nn.Module) -> None:
-        """Takes over the parameters of the same model with all its blocks."""
-        own = self.model.state_dict()
-        given = {name: tensor for name, tensor in source.state_dict().items() if name in own}
-        self.model.load_state_dict(given, strict=False)
+        super().__init__(
+            model_name,
+            pretrained=bool(pretrained),
+            out_indices=out_indices,
+            norm=norm,
+            feature_norms=feature_norms,
+            grad_checkpointing=grad_checkpointing,
+            in_chans=in_channels,
+            **kwargs,
+        )
+        self.init_cfg = dict(init_cfg) if init_cfg else None
+        self._is_init = bool(pretrained)  # or mmengine would initialise the model anew
 
     def init_weights(self) -> None:
         """Loads what ``init_cfg`` names; without it the model stays as its constructor initialised it.
@@ -207,37 +172,11 @@ class ZooBackbone(BaseModule):
             ValueError: If the weights do not fit.
         """
         if self.init_cfg and not self._is_init:
-            self._load(self.init_cfg["checkpoint"], self.init_cfg.get("prefix"))
+            checkpoint = self.init_cfg["checkpoint"]
+            self.load(_read(checkpoint, self.init_cfg.get("prefix")), str(checkpoint))
             if hasattr(self, "_params_init_info"):  # mmengine's record of what each parameter comes from
-                update_init_info(self, init_info=f"ZooBackbone: loaded from {self.init_cfg['checkpoint']}")
+                update_init_info(self, init_info=f"ZooBackbone: loaded from {checkpoint}")
         self._is_init = True
-
-    def _load(self, checkpoint: str, prefix: str | None) -> None:
-        weights = _read(checkpoint, prefix)
-        own = self.state_dict()
-        if weights.keys() & own.keys():  # of a backbone of this class
-            _check_fit(weights, own, checkpoint)
-            self.load_state_dict(weights)
-            return
-        source = self._create()
-        weights = _family_filter(source)(weights, source)
-        unused = tuple(
-            f"feature_norms.{index}." for index in range(len(source.feature_info)) if index not in self.normed
-        )
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(unused)}
-        _check_fit(weights, source.state_dict(), checkpoint)
-        source.load_state_dict({n: t for n, t in weights.items() if not _is_head(n)}, strict=False)
-        self._copy_from(source)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images (B, C, H, W) to one map (B, D, H / stride, W / stride) per index."""
-        features = self.model.forward_intermediates(
-            x, indices=self.out_indices, norm=self.norm, output_fmt="NCHW", intermediates_only=True
-        )
-        return tuple(
-            self.norms[str(index)](feature) if str(index) in self.norms else feature
-            for index, feature in zip(self.out_indices, features, strict=True)
-        )
 
 
 def _check_init_cfg(init_cfg: Mapping[str, Any] | None, pretrained: bool) -> None:
@@ -250,21 +189,6 @@ def _check_init_cfg(init_cfg: Mapping[str, Any] | None, pretrained: bool) -> Non
         )
     if pretrained:
         raise ValueError(f"pretrained=True and init_cfg={init_cfg!r} both name weights; drop one of them")
-
-
-def _default_indices(count: int, columnar: bool, given: Sequence[int] | None) -> Sequence[int]:
-    """The features asked for, or all stages, or the last block of each quarter of a column."""
-    if given is not None:
-        return given
-    return sorted({count * quarter // 4 - 1 for quarter in (1, 2, 3, 4)} - {-1}) if columnar else range(count)
-
-
-def _indices(name: str, given: Sequence[int], count: int) -> list[int]:
-    """Indices of features, counted from the start and in rising order."""
-    outside = [index for index in given if not -count <= index < count]
-    if outside:
-        raise ValueError(f"{name}={tuple(given)} names features that the model does not have; use 0 to {count - 1}")
-    return sorted({index % count for index in given})
 
 
 def _read(checkpoint: str, prefix: str | None) -> dict[str, Tensor]:
@@ -289,34 +213,6 @@ def _read(checkpoint: str, prefix: str | None) -> dict[str, Tensor]:
     if not part:
         raise ValueError(f"no name in {checkpoint} starts with prefix={prefix!r}; one is {next(iter(weights), None)!r}")
     return part
-
-
-def _family_filter(model: nn.Module) -> Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]:
-    """The ``checkpoint_filter_fn`` of the file that defines the model, which translates the authors' names."""
-    module = sys.modules[type(model).__module__]
-    return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: dict(state_dict))
-
-
-def _is_head(name: str) -> bool:
-    return name.split(".")[0] in ("head", "fc", "classifier")
-
-
-def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], checkpoint: str) -> None:
-    """Raises an error unless the weights fit but for classifiers and norms."""
-    optional = ("feature_norms.", "model.feature_norms.", "norms.", "norm.", "model.norm.")
-    missing = [n for n in expected if n not in given and not n.startswith(optional) and not _is_head(n)]
-    unexpected = [n for n in given if n not in expected and not _is_head(n)]
-    reshaped = [n for n in expected if n in given and given[n].shape != expected[n].shape]
-    problems = [
-        f"{len(names)} {what}, for example {names[0]}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            f"the weights in {checkpoint} do not fit: {'; '.join(problems)}. Choose the model_name that they belong "
-            "to, or set prefix to the part of the file that holds the backbone"
-        )
 
 
 replace_missing_operators()

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from zoo.heads.layers import Norm, make_norm
+
 __all__ = ["RescalePyramid"]
 
 
@@ -20,6 +22,7 @@ class RescalePyramid(nn.Module):
         in_channels: Channels D of every map.
         in_stride: Their stride in pixels; 4, 8, 16 or 32.
         out_strides: Strides wanted, one per level.
+        norm: Norm between the two convolutions that enlarge a map four times; see :func:`~zoo.heads.layers.make_norm`.
 
     Raises:
         ValueError: If a level needs a factor other than 4, 2, 1, 1/2, 1/4 or 1/8.
@@ -30,14 +33,15 @@ class RescalePyramid(nn.Module):
         in_channels: int,
         in_stride: int = 16,
         out_strides: Sequence[int] = (4, 8, 16, 32),
+        norm: Norm = "batch",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.out_channels = [in_channels] * len(out_strides)
-        self.out_strides = tuple(out_strides)
-        self.levels = nn.ModuleList([_rescale(in_channels, in_stride, stride, dd) for stride in out_strides])
+        self.in_stride, self.out_strides = in_stride, tuple(out_strides)
+        self.levels = nn.ModuleList([_rescale(in_channels, in_stride, stride, norm, dd) for stride in out_strides])
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, D, H, W), one per level or one for all levels, to maps (B, D, H * in/out, W * in/out).
@@ -52,14 +56,14 @@ class RescalePyramid(nn.Module):
         return [level(feature) for level, feature in zip(self.levels, features, strict=True)]
 
 
-def _rescale(channels: int, in_stride: int, out_stride: int, dd: dict) -> nn.Module:
+def _rescale(channels: int, in_stride: int, out_stride: int, norm: Norm, dd: dict) -> nn.Module:
     """Module that changes a map's stride."""
 
     def double() -> nn.Module:
         return nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2, **dd)
 
     if in_stride == 4 * out_stride:
-        return nn.Sequential(double(), nn.BatchNorm2d(channels, **dd), nn.GELU(), double())
+        return nn.Sequential(double(), make_norm(norm, channels, **dd), nn.GELU(), double())
     if in_stride == 2 * out_stride:
         return nn.Sequential(double())
     if in_stride == out_stride:

@@ -1,0 +1,56 @@
+"""Layers that necks and heads share.
+
+Parameters of a block of convolution, norm and ReLU have the names of mmsegmentation: ``conv`` and ``bn`` or ``gn``.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Norm", "conv_norm_act", "make_norm", "resize"]
+
+Norm = Literal["batch", "group"]
+
+
+def make_norm(norm: Norm, channels: int, **factory: Any) -> nn.Module:
+    """Norm of a map (B, channels, H, W).
+
+    Args:
+        norm: ``"batch"``, which ``nn.SyncBatchNorm.convert_sync_batchnorm`` turns into one over all processes, or
+            ``"group"``, which works with any batch: 32 groups, or as many as leave two channels or more to each.
+        channels: Channels.
+        **factory: Device and dtype.
+
+    Raises:
+        ValueError: If ``norm`` is not known.
+    """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm={norm!r} is not known; use one of {', '.join(get_args(Norm))}")
+    if norm == "batch":
+        return nn.BatchNorm2d(channels, **factory)
+    return nn.GroupNorm(math.gcd(32, channels // 2), channels, **factory)
+
+
+def conv_norm_act(in_channels: int, channels: int, kernel_size: int = 1, norm: Norm = "batch") -> nn.Sequential:
+    """Convolution that keeps the size, norm and ReLU.
+
+    Args:
+        in_channels: Channels read.
+        channels: Channels written.
+        kernel_size: Side of the kernel, odd.
+        norm: See :func:`make_norm`.
+    """
+    conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    name = "gn" if norm == "group" else "bn"
+    layers = [("conv", conv), (name, make_norm(norm, channels)), ("act", nn.ReLU(inplace=True))]
+    return nn.Sequential(OrderedDict(layers))
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A map (B, D, H, W) at another size (H, W), bilinearly, by the corners of its cells."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
