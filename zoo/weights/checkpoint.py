@@ -51,6 +51,8 @@ STAND_INS = (
     (_Ignored, "numpy._core.multiarray._reconstruct"),
     (_Ignored, "numpy.ndarray"),
     (_Ignored, "numpy.dtype"),
+    (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_Ignored, "builtins.getattr"),
     (_Ignored, "pathlib.PosixPath"),
     (_Ignored, "pathlib.WindowsPath"),
 )
