@@ -46,7 +46,7 @@ EXTRAS = {
     "seg": ["albumentations>=2.0", "torchmetrics>=1.4", *SEGMENTATION_FRAMEWORKS],
     "det": ["albumentations>=2.0", "faster-coco-eval>=1.6", "pycocotools>=2.0.8", "torchmetrics>=1.4"],
     "vlm": ["open-clip-torch>=2.30", "peft>=0.13", "transformers>=4.57"],
-    "explain": ["grad-cam>=1.5"],
+    "explain": ["grad-cam>=1.5", "matplotlib>=3.8"],
     "cpu": ["numba>=0.60"],  # compiled loops: scans on CPUs are several times faster
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.7"],
 }

@@ -458,6 +458,10 @@ default_cfgs = generate_default_cfgs(
             input_size=(1, 28, 28),
             mean=(0.286,),
             std=(0.353,),
+            label_names=(
+                *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+                *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+            ),
         ),
         "vim_micro": _small_cfg(),
     }
