@@ -43,9 +43,9 @@ EXTRAS = {
         "tqdm>=4.66",
     ],
     "data": ["elpv-dataset>=1.0", "webdataset>=1.0"],
-    "seg": ["albumentations>=2.0", "torchmetrics>=1.4", *SEGMENTATION_FRAMEWORKS],
-    "det": ["albumentations>=2.0", "faster-coco-eval>=1.6", "pycocotools>=2.0.8", "torchmetrics>=1.4"],
-    "vlm": ["open-clip-torch>=2.30", "peft>=0.13", "transformers>=4.57"],
+    "seg": ["accelerate>=1.2", "albumentations>=2.0", "torchmetrics>=1.4", *SEGMENTATION_FRAMEWORKS],
+    "det": ["accelerate>=1.2", "albumentations>=2.0", "faster-coco-eval>=1.6", "pycocotools>=2.0.8", "torchmetrics>=1.4"],
+    "vlm": ["open-clip-torch>=2.30", "peft>=0.13", "transformers>=5.19"],
     "explain": ["grad-cam>=1.5", "matplotlib>=3.8"],
     "cpu": ["numba>=0.60"],  # compiled loops: scans on CPUs are several times faster
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.7"],

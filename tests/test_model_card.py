@@ -105,7 +105,8 @@ def test_every_family_is_described():
 
 
 def test_released_checkpoints_are_of_models_with_cards():
-    assert {path.stem for path in KEYS.glob("*.json")} <= set(zoo.list_models())
+    pytest.importorskip("transformers", reason="vision-language models need transformers")
+    assert {path.stem for path in KEYS.glob("*.json")} - set(zoo.list_vlms()) <= set(zoo.list_models())
 
 
 # Counting.

@@ -14,6 +14,7 @@ import torch
 from zoo import backbones
 from zoo.factory import list_models
 from zoo.parity.case import Report
+from zoo.vlm import create_vlm, list_vlms
 from zoo.weights import load_into
 
 __all__ = ["check_all_keys", "check_keys"]
@@ -40,15 +41,18 @@ def check_all_keys(folder: str | Path, family: str | None = None) -> Iterator[Re
 
 
 def check_keys(path: str | Path) -> Report:
-    """Checks one list against the registered model of the same name."""
+    """Checks one list against the registered model of the same name, or a vision-language model without its towers."""
     path = Path(path)
     name = f"keys/{path.stem}"
     spec = json.loads(path.read_text())
-    if path.stem not in list_models():
+    if path.stem in list_vlms():
+        model = create_vlm(path.stem, vision=(), device="meta")
+    elif path.stem in list_models():
+        model = timm.create_model(path.stem, device="meta")
+    else:
         return Report(name, False, None, "-", "no builder")
-    model = timm.create_model(path.stem, device="meta")
     count = sum(parameter.numel() for parameter in model.parameters())
-    if count != spec["params"]:
+    if spec["params"] not in (None, count):  # not all lists say
         return Report(name, False, None, "exact", f"{count} parameters, the released model has {spec['params']}")
     checkpoint = {key: torch.empty(shape, device="meta") for key, shape in spec["state_dict"].items()}
     try:
