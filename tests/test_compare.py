@@ -9,7 +9,6 @@ from zoo.engine.figures import draw_runs, spread
 from zoo.engine.run_folder import write_log
 from zoo.tools import compare
 
-
 COLUMNS = ("lr", "train_loss", "train_top1", "top5", "data_seconds")
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import torchmetrics.classification  # noqa: F401 before matplotlib is hidden, which it looks at
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -26,6 +27,12 @@ SMALL = [
     "optim.warmup_epochs=1",
     "cpu=true",
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take longer than the training."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 @pytest.fixture(autouse=True)
@@ -285,6 +292,7 @@ def test_weights_of_others_need_a_model_name(tmp_path):
         load_trained(tmp_path / "cut.safetensors")
 
 
+@pytest.mark.slow  # processes that load everything; test_robustness.py has the same in forked ones
 @pytest.mark.skipif(not hasattr(signal, "SIGTERM") or os.name == "nt", reason="needs POSIX signals")
 def test_sigterm_leaves_a_run_that_continues(tmp_path):
     command = [sys.executable, "-m", "zoo.tools.train", "vim/micro_digits", *SMALL, f"output={tmp_path}"]
@@ -306,6 +314,7 @@ def test_sigterm_leaves_a_run_that_continues(tmp_path):
     assert state["epoch"] >= 2
 
 
+@pytest.mark.slow  # likewise, see test_distributed.py
 def test_two_processes_train_one_model(tmp_path):
     """Two processes with half the batch each: same number of updates, one log, complete evaluation."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from zoo.data import load_digits
@@ -133,3 +134,52 @@ def test_missing_run_is_said_to_be_missing(tmp_path, capsys):
     assert "there is no run and no weight file at" in capsys.readouterr().err
     assert validate.main(["vim_mikro"]) == 1
     assert "vim_micro" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def segmentation_run(tmp_path_factory):
+    """A segmentor that has seen six small images twice, and the folder of the images."""
+    root = tmp_path_factory.mktemp("segmentation")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (root / "data" / kind / split).mkdir(parents=True)
+        for index in range(6):
+            mask = np.kron(rng.integers(0, 2, (4, 5)), np.ones((8, 8))).astype(np.uint8)
+            image = (100 * mask[..., None] + rng.integers(0, 100, (*mask.shape, 3))).astype(np.uint8)
+            Image.fromarray(image).save(root / "data" / "images" / split / f"{index}.png")
+            Image.fromarray(mask).save(root / "data" / "masks" / split / f"{index}.png")
+    options = [
+        *("data.name=folder", f"data.root={root / 'data'}", "data.img_size=32", "data.batch_size=3", "data.workers=0"),
+        *("model.kwargs={dims: 8, depths: [1, 1]}", "model.head_kwargs={channels: 16, norm: group}"),
+        *("optim.epochs=2", "optim.warmup_updates=1", "cpu=true", "precision=fp32", f"output={root / 'run'}"),
+    ]
+    assert train.main(["segmentation/nano_fashion_scenes", *options]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return root / "run", root / "data"
+
+
+def test_validate_measures_segmentors(segmentation_run, tmp_path, capsys):
+    run, _ = segmentation_run
+    options = ["--device", "cpu", "--results-file", str(tmp_path / "r.csv")]
+    assert validate.main([str(run / "last.safetensors"), *options]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["miou"] == pytest.approx(read_log(run)[-1]["miou"], abs=1e-3)
+    assert (tmp_path / "r.csv").read_text().splitlines()[0] == ",".join(row)
+    assert validate.main([str(run), "inference.mode=slide", "inference.crop_size=[16,16]", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["inference"] == "slide"
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes((run / "best.safetensors").read_bytes())
+    assert validate.main([str(moved)]) == 1
+    assert "no config.yaml of its run beside it" in capsys.readouterr().err
+
+
+def test_predict_segments_files(segmentation_run, tmp_path, capsys):
+    run, data = segmentation_run
+    options = ["--device", "cpu", "--output", str(tmp_path), "--set", "inference.flip=true"]
+    assert predict.main([str(run), str(data / "images" / "val"), *options]) == 0
+    assert "6 images segmented into 2 classes" in capsys.readouterr().out
+    assert len(list((tmp_path / "labels").iterdir())) == 6
+    assert is_picture(tmp_path / "predictions.png")
+    assert predict.main([str(run), str(data / "images" / "val"), *options, "--set", "inference.modus=slide"]) == 1
+    assert "did you mean 'inference.mode'" in capsys.readouterr().err

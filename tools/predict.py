@@ -1,9 +1,12 @@
-"""Classifies image files: writes predictions.csv and a labelled contact sheet, predictions.png.
+"""Classifies image files, segments them or finds objects in them, as the model was trained for, and draws the results.
 
 A run of ours:          python -m zoo.tools.predict runs/micro_digits scans/ --output out
 Published weights:      python -m zoo.tools.predict vim_tiny_patch16_224 cat.jpg "shop/**/*.png"
+Segmentation, windows:  python -m zoo.tools.predict runs/streets photos/ --set inference.mode=slide
 
-Where a file's folder is named after a class, its frame on the sheet is green for a right answer, red for a wrong one.
+Classification writes predictions.csv and a labelled contact sheet, predictions.png: where a file's folder is named
+after a class, its frame is green for a right answer, red for a wrong one. What segmentation and detection write is
+listed in docs/dense.md.
 """
 
 import argparse
@@ -13,10 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from zoo.engine import find_images, load_any, predict_files, write_predictions
-from zoo.plots import plot_images
+from zoo.engine import find_images, load_any, predict_into, settings_beside
+
+RESULTS = {
+    "classification": "predictions.csv",
+    "detection": "predictions.json",
+    "segmentation": "predictions.json",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,10 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="runs/predictions", help="folder for the results; default %(default)s")
     parser.add_argument("--checkpoint", help="weights for a model name; default the published ones")
     parser.add_argument("--img-size", type=int, help="side of the images in pixels, for a model name")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time; default 64")
+    parser.add_argument("--batch-size", type=int, help="images at a time; default 64, 8 for detection")
     parser.add_argument("--shown", type=int, default=64, help="largest number of images on the sheet; default 64")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score that is drawn; default 0.5")
     parser.add_argument("--bad-files", choices=("error", "skip"), default="skip", help="default: report and skip")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: GPU if any")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="setting that wins over the run's; repeatable"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -42,27 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.mkdir(parents=True, exist_ok=True)
         model, card = load_any(options.model, options.checkpoint, options.img_size, options.device)
         files = find_images(options.images, options.bad_files)
-        predictions = predict_files(model, card, files, options.batch_size)
-        write_predictions(predictions, output / "predictions.csv")
-        known = [prediction for prediction in predictions if prediction.truth is not None]
-        summary = f"{card.model}: {len(predictions)} images"
-        if known:
-            right = sum(prediction.correct for prediction in known)
-            summary += f", {right} of the {len(known)} with a known class are right"
-        shown = predictions[: options.shown]
-        mode = "L" if card.preprocessing.in_chans == 1 else "RGB"
-        plot_images(
-            [Image.open(prediction.file).convert(mode) for prediction in shown],
-            [f"{prediction.label}\n({prediction.probability:.0%})" for prediction in shown],
-            [prediction.correct for prediction in shown],
-            output / "predictions.png",
-            summary if len(shown) == len(predictions) else f"{summary} (the first {len(shown)} are shown)",
+        settings = settings_beside(options.model, options.set)
+        summary = predict_into(
+            output, model, card, files, settings, options.batch_size, shown=options.shown, threshold=options.threshold
         )
     except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(summary)
-    print(f"Table: {output / 'predictions.csv'}   sheet: {output / 'predictions.png'}")
+    print(f"Table: {output / RESULTS[card.task]}   sheet: {output / 'predictions.png'}")
     return 0
 
 

@@ -4,21 +4,62 @@ One process:        python -m zoo.tools.train vim/micro_digits
 Other settings:     python -m zoo.tools.train vim/micro_digits optim.lr=3e-3 output=runs/second
 Continue a run:     python -m zoo.tools.train vim/micro_digits resume=auto
 Own file:           python -m zoo.tools.train my_recipe.yaml data.root=/data/flowers
+Largest batch:      python -m zoo.tools.train vim/tiny_imagefolder data.root=/data/flowers --find-batch-size
 Eight GPUs:         torchrun --nproc_per_node=8 -m zoo.tools.train vim/tiny_imagefolder data.root=/data/flowers
+Divided model:      torchrun --nproc_per_node=8 -m zoo.tools.train vim/tiny_imagefolder strategy=fsdp
+
+Four machines with eight GPUs each: the same command on every machine, which all see the same output folder. With
+resume=auto a run is continued after any of them has failed, by torchrun itself up to three times:
+
+    torchrun --nnodes=4 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=FIRST_MACHINE:29500 \\
+        -m zoo.tools.train vim/tiny_imagefolder data.root=/data/flowers output=/shared/flowers resume=auto
+
+Under Slurm, srun starts one torchrun on every machine of a job. SIGTERM, here 300 s before the job's time is over, has
+the state saved, and the same job submitted again continues:
+
+    #SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --signal=TERM@300
+    srun torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=$SLURM_JOB_ID \\
+        --rdzv_endpoint=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500 \\
+        -m zoo.tools.train vim/tiny_imagefolder data.root=/data/flowers output=/shared/flowers resume=auto
+
+data.batch_size is that of one process. Machines on whose own disks the data lie need it under the same path.
 """
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from zoo.config import list_configs, load_config
 from zoo.engine import TrainResult, train
+from zoo.engine.loop import find_batch_size
+from zoo.engine.memory import BatchTrial
+from zoo.tools.tables import aligned
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool and returns its exit status: 0 done or stopped by SIGTERM, 1 failed, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.find_batch_size:
+            return _show_trials(find_batch_size(config, options.find_batch_size))
+        result = train(config)
+    except (OSError, ValueError, ModuleNotFoundError, FloatingPointError, MemoryError) as error:
+        print(f"error{f' in process {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what is trained is saved, continue with resume=auto", file=sys.stderr)
+        return 130
+    if not rank:
+        print(_summary(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m zoo.tools.train",
         description=__doc__,
@@ -27,22 +68,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="YAML file, or the name of a packaged configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
-    options = parser.parse_args(arguments)
-    is_main_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s", stream=sys.stdout
+    parser.add_argument(
+        "--find-batch-size",
+        nargs="?",
+        type=int,
+        const=1024,
+        metavar="LIMIT",
+        help="do not train, but try 2, 4, 8, ... images per batch until one does not fit or LIMIT (1024) is reached",
     )
-    try:
-        config = load_config(options.config, options.overrides)
-        result = train(config)
-    except (OSError, ValueError, ModuleNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    return parser
+
+
+def _show_trials(trials: Iterable[BatchTrial]) -> int:
+    rows, largest = [["data.batch_size", "images/s", "peak memory"]], None
+    for trial in trials:
+        memory = f"{trial.peak_bytes / 2**30:.2f} GiB" if trial.peak_bytes else ""
+        rows.append([str(trial.batch_size), f"{trial.images_per_second:.0f}" if trial.fits else "does not fit", memory])
+        largest = trial.batch_size if trial.fits else largest
+    print("\n".join(aligned(rows)))
+    if largest is None:
+        print("error: not even the smallest batch fits into memory", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; what is trained is saved, continue with resume=auto", file=sys.stderr)
-        return 130
-    if is_main_process:
-        print(_summary(result))
+    print(f"Largest power of two that was trained: data.batch_size={largest}")
     return 0
 
 

@@ -4,17 +4,49 @@ The dataclasses are the complete list of settings, their units and their default
 only what differs. An unknown key is an error that names the nearest valid one.
 """
 
-from zoo.config.classification import AugmentConfig, ClassificationConfig, DataConfig
+from zoo.config.classification import AugmentConfig, ClassificationConfig, DataConfig, DistillConfig
+from zoo.config.clip import ClipAugmentConfig, ClipConfig, ClipDataConfig, ClipModelConfig, ZeroShotConfig
+from zoo.config.dense import DenseDataConfig, DenseModelConfig
+from zoo.config.detection import (
+    DetectionAugmentConfig,
+    DetectionConfig,
+    DetectionDataConfig,
+    DetectionModelConfig,
+)
 from zoo.config.files import find_config, list_configs, load_config, save_config
+from zoo.config.segmentation import (
+    SegmentationAugmentConfig,
+    SegmentationConfig,
+    SegmentationDataConfig,
+    SegmentationInferenceConfig,
+    SegmentationModelConfig,
+)
 from zoo.config.settings import ModelConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "AugmentConfig",
     "ClassificationConfig",
+    "ClipAugmentConfig",
+    "ClipConfig",
+    "ClipDataConfig",
+    "ClipModelConfig",
     "DataConfig",
+    "DenseDataConfig",
+    "DenseModelConfig",
+    "DetectionAugmentConfig",
+    "DetectionConfig",
+    "DetectionDataConfig",
+    "DetectionModelConfig",
+    "DistillConfig",
     "ModelConfig",
     "OptimConfig",
+    "SegmentationAugmentConfig",
+    "SegmentationConfig",
+    "SegmentationDataConfig",
+    "SegmentationInferenceConfig",
+    "SegmentationModelConfig",
     "TrainConfig",
+    "ZeroShotConfig",
     "find_config",
     "list_configs",
     "load_config",

@@ -9,13 +9,21 @@ from typing import Any
 import zoo.configs
 from zoo.config.checks import require_choice, require_that
 from zoo.config.classification import ClassificationConfig
+from zoo.config.clip import ClipConfig
+from zoo.config.detection import DetectionConfig
+from zoo.config.segmentation import SegmentationConfig
 from zoo.config.settings import TrainConfig
 from zoo.optional import require
 
 __all__ = ["SCHEMAS", "find_config", "list_configs", "load_config", "save_config"]
 
-SCHEMAS: dict[str, type[TrainConfig]] = {"classification": ClassificationConfig}
-FREE_FORM = ".kwargs."  # within such a section: whatever a constructor takes
+SCHEMAS: dict[str, type[TrainConfig]] = {
+    "classification": ClassificationConfig,
+    "clip": ClipConfig,
+    "detection": DetectionConfig,
+    "segmentation": SegmentationConfig,
+}
+FREE_FORM = "kwargs."  # within such a section: whatever a constructor takes
 
 
 def list_configs() -> list[str]:

@@ -38,38 +38,61 @@ class OptimConfig:
 
     Attributes:
         name: timm's optimiser name, for example ``adamw``, ``sgd``, ``lamb``.
-        lr: Peak learning rate, used as given (not scaled with the batch size).
+        lr: Peak learning rate of an update, whatever its number of images, unless ``lr_batch_size`` is set.
+        lr_batch_size: Images per update, over all processes and ``grad_accum``, for which ``lr``, ``warmup_lr`` and
+            ``min_lr`` are meant: with another number they are scaled in proportion. Default no scaling.
         weight_decay: Weight decay; biases, norms and what the model's ``no_weight_decay()`` names are left out.
         betas: The two momenta of Adam-like optimisers; default the optimiser's own.
         layer_decay: Learning-rate factor from each layer to the one before it, for fine-tuning; default none.
-        schedule: timm's schedule name, stepped per update.
+        schedule: timm's schedule name, stepped per update: ``cosine``, ``poly``, ``multistep``, ...
+        power: Exponent of ``poly``.
+        milestones: Epochs after which ``multistep`` multiplies the learning rate by ``decay_rate``.
+        decay_rate: Factor of ``multistep`` and ``step``.
         epochs: Passes over the training data, or stretches of ``epoch_updates``. After each the model is evaluated.
         epoch_updates: Updates per epoch, for recipes that count updates; default as many as one pass over the data has.
         warmup_epochs: Linear warm-up at the start, part of ``epochs``.
+        warmup_updates: Length of the warm-up in updates; it wins over ``warmup_epochs``.
+        warmup_lr: Learning rate that the warm-up starts from; default a hundredth of ``lr``.
         min_lr: Learning rate at the end.
+        cooldown_epochs: Epochs with ``min_lr`` at the end, part of ``epochs``.
         clip_grad: Largest gradient norm; default no clipping.
         grad_accum: Batches per update.
     """
 
     name: str = "adamw"
     lr: float = 1e-3
+    lr_batch_size: int | None = None
     weight_decay: float = 0.05
     betas: list[float] | None = None
     layer_decay: float | None = None
     schedule: str = "cosine"
+    power: float = 1.0
+    milestones: list[int] = field(default_factory=list)
+    decay_rate: float = 0.1
     epochs: int = 100
     epoch_updates: int | None = None
     warmup_epochs: int = 5
+    warmup_updates: int | None = None
+    warmup_lr: float | None = None
     min_lr: float = 1e-6
+    cooldown_epochs: int = 0
     clip_grad: float | None = 1.0
     grad_accum: int = 1
 
     def __post_init__(self) -> None:
         require_range("optim.lr", self.lr, 0)
+        require_range("optim.lr_batch_size", 1 if self.lr_batch_size is None else self.lr_batch_size, 1)
+        require_range("optim.warmup_lr", self.warmup_lr or 0, 0)
         require_range("optim.weight_decay", self.weight_decay, 0)
         require_range("optim.epochs", self.epochs, 1)
         require_range("optim.epoch_updates", 1 if self.epoch_updates is None else self.epoch_updates, 1)
         require_range("optim.warmup_epochs", self.warmup_epochs, 0, self.epochs)
+        require_range("optim.warmup_updates", self.warmup_updates or 0, 0)
+        require_that(
+            self.schedule != "multistep" or bool(self.milestones),
+            "optim.schedule=multistep needs optim.milestones, the epochs after which the learning rate drops",
+        )
+        require_range("optim.cooldown_epochs", self.cooldown_epochs, 0, self.epochs - max(self.warmup_epochs, 1))
         require_range("optim.grad_accum", self.grad_accum, 1)
 
 
@@ -86,6 +109,8 @@ class TrainConfig:
             starts anew and refuses a folder that already holds a run.
         checkpoint_every: Updates after which a state is saved within an epoch, for epochs of hours; default saves after
             every epoch only.
+        strategy: What several processes share: ``ddp``, each holds the whole model; or ``fsdp``, weights, gradients and
+            the optimizer's state are divided among them, for models that are too large for one device.
         seed: Seed of initial weights, order and augmentation.
         precision: ``fp32``, or ``bf16`` or ``fp16`` automatic mixed precision.
         compile: Run the model through ``torch.compile``.
@@ -105,6 +130,7 @@ class TrainConfig:
     output: str = "runs/train"
     resume: str | None = None
     checkpoint_every: int | None = None
+    strategy: str = "ddp"
     seed: int = 0
     precision: str = "fp32"
     compile: bool = False
@@ -115,6 +141,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        require_choice("strategy", self.strategy, ("ddp", "fsdp"))
         require_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         require_choice("grad_checkpointing", self.grad_checkpointing, (None, "block", "scan"))
         require_range("checkpoint_every", 1 if self.checkpoint_every is None else self.checkpoint_every, 1)

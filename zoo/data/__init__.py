@@ -1,6 +1,6 @@
 """Images for classification: data sets in memory, image files, augmentation, loaders."""
 
-from zoo.data.augment import BatchAugment, Normalize
+from zoo.data.augment import BatchAugment, BatchShare, Normalize
 from zoo.data.fashion_mnist import load_fashion_mnist
 from zoo.data.files import FileLoader, open_files, report_bad_files, why_unreadable
 from zoo.data.loaders import Preprocessing, image_transform, make_loader, open_split, resolve_preprocessing
@@ -8,6 +8,7 @@ from zoo.data.memory import TensorData, TensorLoader, load_digits
 
 __all__ = [
     "BatchAugment",
+    "BatchShare",
     "FileLoader",
     "Normalize",
     "Preprocessing",

@@ -1,7 +1,8 @@
 """Images from files: class folders, tar archives, WebDataset shards and hub data sets, through timm's readers.
 
 Folders and tar archives are checked before training: a file that is not an image, or a truncated one, is reported by
-name and counted, and is then an error or left out as the caller chose.
+name and counted, and is then an error or left out as the caller chose. In shards (:mod:`zoo.data.shards`), which may be
+too large for that, an image that cannot be read is noticed in training and replaced by the next one.
 """
 
 import logging
@@ -23,11 +24,16 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 
 from zoo.data.memory import epoch_order
 
-__all__ = ["FileLoader", "class_names_of", "open_files", "report_bad_files", "why_unreadable"]
+__all__ = ["FileLoader", "UnreadableImage", "class_names_of", "open_files", "report_bad_files", "why_unreadable"]
 
 _logger = logging.getLogger(__name__)
 
 NAMES_SHOWN = 20
+REPLACED_IN_A_ROW = 100  # beyond which it is the disk that cannot be read
+
+
+class UnreadableImage(ValueError):
+    """A data set's image that turned out to be damaged. Such a data set has ``name(index)`` and ``bad_files``."""
 
 
 def open_files(
@@ -60,7 +66,7 @@ def open_files(
     if name not in ("folder", "tar"):
         if "/" not in name:
             raise ValueError(
-                f"unknown data set {name!r}; use digits, fashion_mnist, folder, tar, "
+                f"unknown data set {name!r}; use digits, fashion_mnist, folder, tar, shards, "
                 "or timm's prefixes wds/, hfds/, hfids/, tfds/, torch/"
             )
         return create_dataset(name, root=root, split=split, **options)
@@ -142,9 +148,11 @@ class FileLoader:
         seed: Seed of order and augmentation.
         rank: Number of this process.
         world_size: Number of processes.
+        repeats: How often an epoch has each image that it draws, augmented anew; it is no longer for it.
 
     Raises:
-        ValueError: If training and there are fewer images than one batch per process needs.
+        ValueError: If training and there are fewer images than one batch per process needs, or if a stream shall repeat
+            its images.
     """
 
     def __init__(
@@ -158,6 +166,7 @@ class FileLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        repeats: int = 1,
     ) -> None:
         self.device = torch.device(device)
         self.dataset = dataset
@@ -167,6 +176,8 @@ class FileLoader:
         self.seed = seed * 1_000_003 + rank
         self.generator = torch.Generator()
         getattr(dataset, "dataset", dataset).transform = transform
+        if self.is_stream and repeats > 1:
+            raise ValueError(f"a stream cannot repeat its images: set augment.repeats to 1, not {repeats}")
         if self.is_stream:
             dataset.set_loader_cfg(num_workers=workers)  # streams divide themselves among the processes
         elif training and len(dataset) < batch_size * world_size:
@@ -174,7 +185,7 @@ class FileLoader:
                 f"{len(dataset)} training images do not fill one batch of {batch_size} on each of {world_size} "
                 "processes; lower data.batch_size"
             )
-        self.order = None if self.is_stream else _Order(len(dataset), training, seed, rank, world_size)
+        self.order = None if self.is_stream else _Order(dataset, training, seed, rank, world_size, repeats)
         self.loader = DataLoader(
             dataset if self.is_stream else _SeededImages(dataset, self.order),
             batch_size,
@@ -185,6 +196,7 @@ class FileLoader:
             generator=self.generator,
         )
         self.batches = len(self.loader)
+        self.replaced: list[str] = []
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -202,15 +214,32 @@ class FileLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields uint8 images of shape (B, C, H, W) and int64 labels of shape (B,)."""
         batches = islice(self.loader, self.first_batch, None) if self.is_stream else self.loader
-        for images, labels in batches:
+        for images, labels, *replaced in batches:
+            for numbers in replaced:
+                self._note(numbers[numbers >= 0].tolist())
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def unreadable(self) -> list[str]:
+        """Names of the images that were replaced since the last call, because they could not be read."""
+        names, self.replaced = self.replaced, []
+        return names
+
+    def _note(self, numbers: Sequence[int]) -> None:
+        names = [self.dataset.name(number) for number in numbers]
+        if names and self.dataset.bad_files == "error":
+            raise ValueError(
+                f"these images cannot be read: {', '.join(names)}; remove them, or replace each by the next one with "
+                "data.bad_files=skip"
+            )
+        self.replaced += names
 
 
 class _Order(Sampler[int]):
     """The share of one process of an epoch's order, from a certain place on."""
 
-    def __init__(self, count: int, training: bool, seed: int, rank: int, world_size: int) -> None:
-        self.count, self.training, self.seed = count, training, seed
+    def __init__(self, images: Dataset, training: bool, seed: int, rank: int, world_size: int, repeats: int) -> None:
+        self.count, self.training, self.seed, self.repeats = len(images), training, seed, repeats
+        self.shuffled = getattr(images, "shuffled", None)  # a data set may know a better order than any
         self.rank, self.world_size = rank, world_size
         self.epoch, self.first = 0, 0
 
@@ -219,12 +248,13 @@ class _Order(Sampler[int]):
         return share - self.first
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self.count, self.training, self.seed, self.epoch, self.rank, self.world_size)
+        shares = {"rank": self.rank, "world_size": self.world_size, "repeats": self.repeats}
+        order = epoch_order(self.count, self.training, self.seed, self.epoch, **shares, shuffled=self.shuffled)
         return iter(order[self.first : self.first + len(self)].tolist())
 
 
 class _SeededImages(Dataset):
-    """Images whose random numbers follow from seed, epoch and index."""
+    """Images whose random numbers follow from seed, epoch and index; an epoch may have several copies of an image."""
 
     def __init__(self, images: Dataset, order: _Order) -> None:
         self.images = images
@@ -233,10 +263,18 @@ class _SeededImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Any:
-        if self.order.training:
-            random_seed(hash((self.order.seed, self.order.epoch, index)) % 2**32)
-        return self.images[index]
+    def __getitem__(self, index: int) -> tuple[Any, int, int]:
+        """Image, label, and the number of the image that this one replaces, or -1."""
+        if not self.order.training:
+            return *self.images[index], -1
+        random_seed(hash((self.order.seed, self.order.epoch, index)) % 2**32)
+        number, count = index % len(self.images), len(self.images)
+        for step in range(REPLACED_IN_A_ROW):
+            try:
+                return *self.images[(number + step) % count], number if step else -1
+            except UnreadableImage as error:
+                reason = str(error)
+        raise ValueError(f"{REPLACED_IN_A_ROW} images in a row cannot be read; the last is {reason}")
 
 
 def _find_split(name: str, root: str | None, split: str) -> Path:

@@ -8,15 +8,24 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision import transforms
 
 from zoo.config import AugmentConfig, DataConfig
+from zoo.data.elpv import load_elpv
 from zoo.data.fashion_mnist import load_fashion_mnist
 from zoo.data.files import FileLoader, class_names_of, open_files
 from zoo.data.memory import TensorData, TensorLoader, load_digits
+from zoo.data.shards import open_shards
 
-__all__ = ["Preprocessing", "image_transform", "make_loader", "open_split", "resolve_preprocessing"]
+__all__ = ["IN_MEMORY", "Preprocessing", "image_transform", "make_loader", "open_split", "resolve_preprocessing"]
+
+IN_MEMORY = ("digits", "fashion_mnist", "elpv", "elpv_binary")
+ELPV_SIZE = 224  # pixels, of the 300 that the images have
+CROP_PADDING = 4  # pixels on every side before a simple crop
 
 
 @dataclass(frozen=True)
@@ -66,16 +75,14 @@ def open_split(
         FileNotFoundError: If it is not there.
         ValueError: If it is damaged, or its classes are not among ``class_names``.
     """
-    if config.name in ("digits", "fashion_mnist"):
-        if config.name == "digits":
-            data = load_digits(split)
-        else:
-            data = load_fashion_mnist(split, config.root, config.download)
-        data = data.first(config.train_samples if training else config.val_samples)
+    if config.name in IN_MEMORY:
+        data = _load_in_memory(config, split).first(config.train_samples if training else config.val_samples)
         return (data.resized(config.img_size) if config.img_size else data), data.class_names
     labels = {name: index for index, name in enumerate(class_names)} if class_names else None
     if config.name in ("folder", "tar"):
         dataset = open_files(config.name, config.root, split, labels, config.bad_files)
+    elif config.name == "shards":
+        dataset = open_shards(config.root, split, check=not training, bad_files=config.bad_files)
     else:
         dataset = open_files(
             config.name,
@@ -88,6 +95,15 @@ def open_split(
             input_img_mode="",
         )
     return dataset, class_names_of(dataset) or class_names
+
+
+def _load_in_memory(config: DataConfig, split: str) -> TensorData:
+    if config.name == "digits":
+        return load_digits(split)
+    if config.name == "fashion_mnist":
+        return load_fashion_mnist(split, config.root, config.download)
+    classes = 2 if config.name == "elpv_binary" else 4
+    return load_elpv(split, classes, config.img_size or ELPV_SIZE, config.root)
 
 
 def resolve_preprocessing(config: DataConfig, dataset: TensorData | Dataset | None, model: nn.Module) -> Preprocessing:
@@ -108,7 +124,7 @@ def resolve_preprocessing(config: DataConfig, dataset: TensorData | Dataset | No
         mean=tuple(config.mean or mean),
         std=tuple(config.std or std),
         interpolation=of_model["interpolation"],
-        crop_pct=of_model["crop_pct"],
+        crop_pct=config.crop_pct or of_model["crop_pct"],
         crop_mode=of_model["crop_mode"],
     )
 
@@ -131,18 +147,21 @@ def image_transform(
             normalize=False,
         )
     else:
-        transform = create_transform(
-            (preprocessing.in_chans, *preprocessing.size),
-            is_training=True,
+        crop, change, to_tensor = transforms_imagenet_train(
+            preprocessing.size,
             scale=(augment.min_scale, 1.0),
             ratio=(1.0, 1.0) if augment.min_scale == 1 else (3 / 4, 4 / 3),
             hflip=0.0,  # done on whole batches, like erasing
             color_jitter=augment.color_jitter or None,
+            force_color_jitter=True,
             auto_augment=augment.auto_augment,
             interpolation=preprocessing.interpolation,
             mean=preprocessing.mean,
             normalize=False,
+            separate=True,
         )
+        crop = _simple_crop(preprocessing) if augment.simple_crop else crop
+        transform = transforms.Compose([crop, change, to_tensor])
     return partial(_convert_and_transform, "L" if preprocessing.in_chans == 1 else "RGB", transform)
 
 
@@ -173,15 +192,23 @@ def make_loader(
     """
     training = augment is not None
     shares = {"training": training, "seed": seed, "rank": rank, "world_size": world_size}
+    shares["repeats"] = augment.repeats if training else 1
     if isinstance(dataset, TensorData):
-        if training and (augment.auto_augment or augment.color_jitter):
+        if training and (augment.auto_augment or augment.color_jitter or augment.simple_crop):
             raise ValueError(
-                f"augment.auto_augment and augment.color_jitter work on image files; for {config.name} use "
-                "augment.crop_padding, augment.flip, augment.erase, augment.mixup and augment.cutmix"
+                "augment.auto_augment, augment.color_jitter and augment.simple_crop work on image files; for "
+                f"{config.name} use augment.crop_padding, augment.flip, augment.erase, augment.mixup and augment.cutmix"
             )
         return TensorLoader(dataset, config.batch_size, device, **shares)
     transform = image_transform(preprocessing, augment)
     return FileLoader(dataset, transform, config.batch_size, config.workers, device, **shares)
+
+
+def _simple_crop(preprocessing: Preprocessing) -> Callable[[Image.Image], Image.Image]:
+    """Resizes the shorter side to the model's and cuts the model's image out at a random place."""
+    resize = transforms.Resize(max(preprocessing.size), str_to_interp_mode(preprocessing.interpolation))
+    cut = transforms.RandomCrop(preprocessing.size, CROP_PADDING, padding_mode="reflect")
+    return transforms.Compose([resize, cut])
 
 
 def _convert_and_transform(mode: str, transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Tensor:

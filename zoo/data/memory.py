@@ -4,7 +4,7 @@ Sixty thousand 28x28 images are 47 MB: kept on the device as bytes, a batch is o
 needed. Augmentation of whole batches is in :mod:`zoo.data.augment`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,16 +73,29 @@ def load_digits(split: str) -> TensorData:
     return TensorData(images[chosen], labels[chosen], names, mean=(0.305,), std=(0.376,))
 
 
-def epoch_order(count: int, training: bool, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> Tensor:
+def epoch_order(
+    count: int,
+    training: bool,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    repeats: int = 1,
+    shuffled: Callable[[torch.Generator], Tensor] | None = None,
+) -> Tensor:
     """Indices (N,) that a process visits in an epoch: shuffled for training, else in order.
 
     Processes take interleaved shares of one order, so that what they see at a time together does not depend on their
-    number.
+    number. With repetitions the order has every image that it draws so many times in succession, as the indices
+    ``image + count * copy``, and is no longer for it. ``shuffled`` draws an order of its own instead of any.
     """
     if training:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = shuffled(generator) if shuffled else torch.randperm(count, generator=generator)
     else:
         order = torch.arange(count)
+    if repeats > 1:
+        order = (order.unsqueeze(1) + count * torch.arange(repeats)).flatten()[:count]
     return order[rank::world_size]
 
 
@@ -100,6 +113,7 @@ class TensorLoader:
         seed: Seed of the order.
         rank: Number of this process.
         world_size: Number of processes.
+        repeats: How often an epoch has each image that it draws; it is no longer for it.
 
     Raises:
         ValueError: If training and there are fewer images than one batch per process needs.
@@ -114,6 +128,7 @@ class TensorLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        repeats: int = 1,
     ) -> None:
         if training and len(data) < batch_size * world_size:
             raise ValueError(
@@ -127,6 +142,7 @@ class TensorLoader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.repeats = repeats
         self.epoch, self.first_batch = 0, 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -141,7 +157,8 @@ class TensorLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields uint8 images of shape (B, C, H, W) and int64 labels of shape (B,)."""
-        order = epoch_order(len(self.labels), self.training, self.seed, self.epoch, self.rank, self.world_size)
-        share = order.to(self.labels.device)
+        count = len(self.labels)
+        order = epoch_order(count, self.training, self.seed, self.epoch, self.rank, self.world_size, self.repeats)
+        share = (order % count).to(self.labels.device)
         for batch in share.split(self.batch_size)[self.first_batch : len(self)]:
             yield self.images[batch], self.labels[batch]

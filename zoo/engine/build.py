@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -16,7 +17,7 @@ from zoo.data import TensorData, resolve_preprocessing
 from zoo.engine.checkpoint import ModelCard
 from zoo.weights import checkpoint_filter
 
-__all__ = ["build_loss", "build_model", "build_optimizer"]
+__all__ = ["build_loss", "build_model", "build_optimizer", "lr_factor"]
 
 _logger = logging.getLogger(__name__)
 
@@ -81,8 +82,12 @@ def recompute(model: nn.Module, scope: str) -> None:
 def build_loss(config: ClassificationConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
     """Returns Mixup, which makes soft targets with the smoothing already in them, or None, and the loss."""
     augment = config.augment
+    if config.loss == "bce":
+        criterion = BinaryCrossEntropy(smoothing=augment.label_smoothing)  # which leaves soft targets as they are
+    else:
+        criterion = nn.CrossEntropyLoss(label_smoothing=augment.label_smoothing)
     if not (augment.mixup or augment.cutmix):
-        return None, nn.CrossEntropyLoss(label_smoothing=augment.label_smoothing)
+        return None, criterion
     mixup = Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,
@@ -90,16 +95,41 @@ def build_loss(config: ClassificationConfig, num_classes: int) -> tuple[Mixup | 
         label_smoothing=augment.label_smoothing,
         num_classes=num_classes,
     )
-    return mixup, nn.CrossEntropyLoss()
+    return mixup, criterion if config.loss == "bce" else nn.CrossEntropyLoss()
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, updates: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Returns timm's optimizer with its weight-decay groups, and its schedule, which is stepped per update."""
-    optim = config.optim
+def lr_factor(config: TrainConfig, world_size: int) -> float:
+    """What learning rates are multiplied by for the number of images per update, see ``optim.lr_batch_size``."""
+    if config.optim.lr_batch_size is None:
+        return 1.0
+    images = config.data.batch_size * config.optim.grad_accum * world_size
+    if images != config.optim.lr_batch_size:
+        _logger.info(
+            "Learning rates are those for %d images per update, scaled to %d", config.optim.lr_batch_size, images
+        )
+    return images / config.optim.lr_batch_size
+
+
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, updates: int, world_size: int = 1
+) -> tuple[torch.optim.Optimizer, Any]:
+    """Builds the optimizer and its schedule.
+
+    Args:
+        config: The complete configuration.
+        model: Whose parameters are optimised.
+        updates: Updates per epoch.
+        world_size: Number of processes.
+
+    Returns:
+        timm's optimizer with its weight-decay groups, and its schedule, which is stepped per update.
+    """
+    optim, factor = config.optim, lr_factor(config, world_size)
+    lr = factor * optim.lr
     optimizer = create_optimizer_v2(
         model,
         opt=optim.name,
-        lr=optim.lr,
+        lr=lr,
         weight_decay=optim.weight_decay,
         layer_decay=optim.layer_decay,
         **({"betas": tuple(optim.betas)} if optim.betas else {}),
@@ -107,10 +137,12 @@ def build_optimizer(config: TrainConfig, model: nn.Module, updates: int) -> tupl
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=optim.schedule,
-        num_epochs=optim.epochs,
-        warmup_epochs=optim.warmup_epochs,
-        warmup_lr=optim.lr / 100,
-        min_lr=optim.min_lr,
+        num_epochs=optim.epochs - optim.cooldown_epochs,
+        decay_milestones=optim.milestones,
+        decay_rate=optim.power if optim.schedule == "poly" else optim.decay_rate,
+        warmup_epochs=optim.warmup_epochs if optim.warmup_updates is None else optim.warmup_updates / updates,
+        warmup_lr=lr / 100 if optim.warmup_lr is None else factor * optim.warmup_lr,
+        min_lr=factor * optim.min_lr,
         step_on_epochs=False,
         updates_per_epoch=updates,
     )

@@ -11,8 +11,10 @@ A run's folder holds::
 
 Pictures and tables are listed in :mod:`zoo.engine.report`.
 
-Everything is written under a temporary name and then renamed, so that a run killed at any moment leaves whole files.
-The header of every ``.safetensors`` file names the model, its arguments, the classes and the preprocessing.
+Everything is written under a temporary name, through to the disk, and then renamed, so that a run killed at any moment
+leaves whole files, and so does a machine. What several processes have divided is gathered and written by the main one:
+a state depends neither on their number nor on the strategy. The header of every ``.safetensors`` file names the model,
+its arguments, the classes and the preprocessing.
 """
 
 import json
@@ -111,6 +113,7 @@ def save_weights(path: str | Path, weights: Mapping[str, Tensor], card: ModelCar
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, card.to_header()))
+        _write_through(temporary)
 
 
 def load_trained(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelCard]:
@@ -189,12 +192,15 @@ def save_checkpoint(
     try:
         save_weights(temporary / "model.safetensors", weights, replace(card, epoch=epoch))
         torch.save({"epoch": epoch, "update": update, **training}, temporary / "training.pt")
+        _write_through(temporary / "training.pt")
+        _write_through(temporary)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot write a checkpoint into {folder} ({error}); the earlier ones are whole") from error
     final = folder / (f"epoch-{epoch:04d}+{update:08d}" if update else f"epoch-{epoch:04d}")
     shutil.rmtree(final, ignore_errors=True)  # left by a run that went further and was taken back
     os.replace(temporary, final)
+    _write_through(folder)
     for old in _newest_first(folder)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -224,6 +230,16 @@ def find_checkpoint(path: str | Path) -> Checkpoint | None:
     if candidates:
         raise ValueError(f"none of the checkpoints in {path} can be read; remove them to start anew")
     return None
+
+
+def _write_through(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.data import FileLoader, TensorLoader
+from zoo.engine.class_balance import ClassBalance
 from zoo.optional import require
 
 __all__ = ["Evaluation", "autocast", "evaluate", "explain_nonfinite"]
@@ -51,6 +52,7 @@ def evaluate(
     normalize: Callable[[Tensor], Tensor],
     num_classes: int,
     precision: str = "fp32",
+    balance: ClassBalance | None = None,
 ) -> Evaluation:
     """Runs a model over a data set; under several processes each runs its share and all get the total.
 
@@ -60,6 +62,7 @@ def evaluate(
         normalize: Maps uint8 images to the model's input.
         num_classes: Number of classes.
         precision: ``fp32``, ``bf16`` or ``fp16``.
+        balance: Scores that are to be gathered too.
 
     Raises:
         ValueError: If the loader yields nothing, or a label that is not a class.
@@ -84,6 +87,8 @@ def evaluate(
         loss.update(F.cross_entropy(logits, labels), weight=len(labels))
         top1.update(logits, labels)
         top5.update(logits, labels)
+        if balance:
+            balance.update(logits, labels)
     if not seen:
         raise ValueError("there are no images to evaluate")
     if largest >= num_classes:

@@ -1,13 +1,16 @@
 """The training loop of every task, on Hugging Face Accelerate: one process, several GPUs, several nodes.
 
 The random numbers of a batch depend only on the seed, the batch and the process, so a run that was killed at any moment
-and continued ends with the same weights as one that was not.
+and continued ends with the same weights as one that was not. Those of order and augmentation do not even depend on the
+number of processes, only on how many images they see at a time together; so neither do the losses. What draws its own
+numbers in each process is the exception: dropout, stochastic depth, shuffled scans, pairs that are mixed; and so are
+statistics of a batch.
 """
 
 import contextlib
+import copy
 import logging
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -16,18 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import random_seed
 from torch import Tensor, nn
 
 from zoo.config import TrainConfig
 from zoo.engine.build import build_optimizer
-from zoo.engine.checkpoint import Checkpoint, save_checkpoint, save_weights
+from zoo.engine.checkpoint import Checkpoint, ModelCard, save_checkpoint, save_weights
+from zoo.engine.distributed import (
+    StopRequest,
+    explain_lost_process,
+    on_main_process,
+    raise_together,
+    same_everywhere,
+    share_buffers,
+    start_processes,
+)
+from zoo.engine.memory import BatchTrial, advise_batch_size, is_out_of_memory, resized, try_batch_sizes
 from zoo.engine.report import RunReport, StopWatch
 from zoo.engine.run_folder import find_start, prepare_output, read_log, write_log
+from zoo.engine.sharding import MovingAverage, fill_whole, scatter, shard, whole
 from zoo.engine.task import Batches, Place, Task, find_task
 from zoo.optional import require
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "find_batch_size", "train"]
 
 _logger = logging.getLogger(__name__)
 
@@ -59,7 +73,9 @@ def train(config: TrainConfig) -> TrainResult:
     """Trains a model as configured, evaluating and saving after every epoch.
 
     On SIGTERM the state is saved after the update at hand and the function returns; Ctrl-C does the same and raises.
-    The run's folder and its pictures are described in :mod:`zoo.engine.checkpoint` and :mod:`zoo.engine.report`.
+    The run's folder and its pictures are described in :mod:`zoo.engine.checkpoint` and :mod:`zoo.engine.report`; all
+    processes have to see the same folder. An error that all processes know of is raised in the main one, and the others
+    exit with status 1.
 
     Args:
         config: See :mod:`zoo.config`.
@@ -71,27 +87,21 @@ def train(config: TrainConfig) -> TrainResult:
         OSError: If the output folder cannot be written, or holds a run and ``resume`` is not set.
         ValueError: If data, model and configuration do not fit together.
         FloatingPointError: If the loss is not finite; the message names the first module whose output is not.
+        MemoryError: If a batch does not fit into the device's memory; the message says which batch size would.
+        ConnectionError: If another process has ended.
         KeyboardInterrupt: On Ctrl-C; a second one does not wait for the state to be saved.
     """
-    accelerator = require("accelerate").Accelerator(
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        cpu=config.cpu,
-        gradient_accumulation_steps=config.optim.grad_accum,
-    )
-    place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    accelerator, place = start_processes(config)
     if place.device.type == "cpu" and config.precision != "fp32":
         _logger.warning("precision=%s is emulated on most CPUs and many times slower than fp32", config.precision)
     checkpoint = find_start(config)
-    if accelerator.is_main_process:
-        prepare_output(Path(config.output), config, checkpoint)
-
-    random_seed(config.seed, rank=0)  # the same initial weights everywhere
-    with accelerator.main_process_first():  # a download happens once
-        task = find_task(config.task)(config, place)
+    _check_start(config, place, checkpoint)
+    on_main_process(lambda: prepare_output(Path(config.output), config, checkpoint))
+    task = _open_task(config, accelerator, place)
     run = _Run(config, accelerator, task, checkpoint)
-    stop = _StopRequest(accelerator)
+    stop = StopRequest(accelerator)
     report = RunReport(config, task) if accelerator.is_main_process else None
-    with stop, run.progress, report or contextlib.nullcontext():
+    with stop, run.progress, report or contextlib.nullcontext(), explain_lost_process(place.world_size > 1):
         while run.epoch < config.optim.epochs and run.train_epoch(stop):
             run.finish_epoch()
             if report:
@@ -100,10 +110,54 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator.end_training()  # leaves the process group: a process that exits inside of it can abort
     complete = run.epoch == config.optim.epochs
     if report and complete:
-        report.finish(run.evaluated, run.log, run.trained)
+        report.finish(run.evaluated.to(place.device), run.log, run.trained)
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt
     return TrainResult(Path(config.output), run.log, run.best, run.trained, task.goal, task.goal_label, complete)
+
+
+def find_batch_size(config: TrainConfig, limit: int) -> Iterator[BatchTrial]:
+    """Tries updates of 2, 4, 8, ... images in one process until one does not fit. Nothing is saved.
+
+    Args:
+        config: See :mod:`zoo.config`; the images are those of its first batch, repeated.
+        limit: Largest number of images. It matters without a GPU: an operating system that has no memory left may end
+            processes instead of refusing them memory.
+
+    Raises:
+        ValueError: If there are several processes, or data, model and configuration do not fit together.
+    """
+    config = replace(config, cuda_graph=False)  # whose memory is of one batch size
+    accelerator, place = start_processes(config)
+    if place.world_size > 1:
+        raise ValueError(f"batch sizes are tried in one process, not in {place.world_size}")
+    task = _open_task(config, accelerator, place)
+    run = _Run(config, accelerator, task, None)
+    run.model.train()
+    batch = next(_batches(task.train_loader, 0, 1))
+    return try_batch_sizes(lambda count: run.learn_alone(resized(batch, count)), place.device, limit)
+
+
+def _open_task(config: TrainConfig, accelerator: Any, place: Place) -> Task:
+    random_seed(config.seed, rank=0)  # the same initial weights everywhere
+    with accelerator.local_main_process_first():  # a download happens once on every machine
+        return find_task(config.task)(config, place)
+
+
+def _check_start(config: TrainConfig, place: Place, checkpoint: Checkpoint | None) -> None:
+    """Makes sure that all processes continue from the same state, and with batches of the same size."""
+    state = checkpoint.training if checkpoint else {}
+    if not same_everywhere((state.get("epoch"), state.get("update"))):
+        raise ValueError(
+            f"the processes do not see the same checkpoint in {config.output}; it has to be a folder that all machines "
+            f"share. Process {place.rank} sees {checkpoint.path if checkpoint else 'none'}"
+        )
+    images = config.data.batch_size * place.world_size
+    if state.get("update") and state["images"] != images:
+        raise ValueError(
+            f"{checkpoint.path} was saved within an epoch whose batches have {state['images']} images over all "
+            f"processes, not {images}: change data.batch_size, or continue from the end of an epoch with resume=PATH"
+        )
 
 
 class _Run:
@@ -124,26 +178,15 @@ class _Run:
         self.task = task
         self.output = Path(config.output)
         self.model = task.model
-        if checkpoint:
-            self.model.load_state_dict(checkpoint.weights)
-        self.model.to(task.place.device)
         self.updates = config.optim.epoch_updates or len(task.train_loader) // config.optim.grad_accum
         self._check_epoch()
-        self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-        self.evaluated = self.ema.module if self.ema else self.model
-        self.optimizer, self.scheduler = build_optimizer(config, self.model, self.updates)
-        self.epoch, self.update, self.trained = 0, 0, 0
+        self._build(checkpoint)
+        self.epoch, self.update, self.trained, self.lr = 0, 0, 0, 0.0
         self.best: dict[str, float] | None = None
         self._reset_sums()
         if checkpoint:
             self._restore(checkpoint.training)
         self.log = [row for row in read_log(self.output) if row["epoch"] <= self.epoch]
-        if config.compile:
-            self.model.compile()
-        if config.cuda_graph:
-            self._capture()
-        self.step = _LossOf(task, self.model)
-        self.step, self.prepared = accelerator.prepare(self.step, self.optimizer)
         done, total = self.epoch * self.updates + self.update, config.optim.epochs * self.updates
         self.progress = _Progress(done, total, task.goal, accelerator.is_main_process)
 
@@ -154,30 +197,59 @@ class _Run:
                 f"optim.grad_accum={self.config.optim.grad_accum}; lower data.batch_size or optim.grad_accum"
             )
 
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        """Makes the moving average, the optimizer and what is run, with the weights of a checkpoint if there is one."""
+        config, place = self.config, self.task.place
+        self.sharded = config.strategy == "fsdp" and place.world_size > 1
+        if checkpoint:
+            self.model.load_state_dict(checkpoint.weights)
+        if not self.sharded:
+            self.model.to(place.device)
+        self.ema = MovingAverage(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        if self.ema and checkpoint and checkpoint.training["ema"]:
+            self.ema.module.load_state_dict(checkpoint.training["ema"])
+        self.evaluated = self.ema.module if self.ema else self.model
+        self.step: nn.Module = _LossOf(self.task, self.model)
+        if self.sharded:
+            self.evaluated = copy.deepcopy(self.evaluated)  # as only the forward of a divided model can be called
+            shard(self.step, place.device)
+            if self.ema:
+                shard(self.ema.module, place.device)
+        if config.compile:
+            self.model.compile()
+        if config.cuda_graph:
+            self._capture()
+        self.optimizer, self.scheduler = build_optimizer(config, self.model, self.updates, place.world_size)
+        if self.sharded:
+            self.prepared = self.accelerator.prepare(self.optimizer)
+        else:
+            self.step, self.prepared = self.accelerator.prepare(self.step, self.optimizer)
+        self.unsettled = place.world_size > 2 and not self.sharded
+
     def _capture(self) -> None:
         place = self.task.place
         if place.device.type != "cuda" or place.world_size > 1:
             raise ValueError(f"cuda_graph=true needs one GPU, not {place.world_size} processes on {place.device.type}")
         self.task.capture()
 
-    def train_epoch(self, stop: "_StopRequest") -> bool:
+    def train_epoch(self, stop: StopRequest) -> bool:
         """Trains to the end of the epoch; returns False if it was asked to stop before, and has saved its state."""
         accumulated, first = self.config.optim.grad_accum, self._first_batch()
         self.model.train()
+        self.task.begin(self.epoch, self.ema.module if self.ema else None)
         batches = _batches(self.task.train_loader, first, (self.updates - self.update) * accumulated)
         for number, batch in enumerate(self.watch.watch(batches), first):
-            self._seed(number)
             with self.accelerator.accumulate(self.step):
-                self.loss_sum += self._learn_from(batch)
+                self.loss_sum += self._learn_from(batch, number)
             if not self.accelerator.sync_gradients:
                 continue
             self._finish_update()
-            if self.update < self.updates:
-                if stop.requested():
-                    self._save_state()
-                    return False
-                if self.config.checkpoint_every and self.update % self.config.checkpoint_every == 0:
-                    self._save_state()
+            if stop.requested():
+                self._save_state()
+                return False
+            every = self.config.checkpoint_every
+            if every and self.update % every == 0 and self.update < self.updates:
+                self._save_state()
         return True
 
     def _first_batch(self) -> int:
@@ -187,19 +259,56 @@ class _Run:
         return self.epoch * per_epoch + self.update * accumulated
 
     def _seed(self, batch: int) -> None:
-        place = self.task.place
-        random_seed(((self.config.seed * 1_000_003 + batch) * place.world_size + place.rank) % 2**32)
+        place, seed = self.task.place, self.config.seed * 1_000_003 + batch
+        random_seed((seed * place.world_size + place.rank) % 2**32)
+        place.generator.manual_seed(seed)
 
-    def _learn_from(self, batch: Any) -> Tensor:
-        loss = self.step(batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(self._describe_failure(loss))
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients and self.config.optim.clip_grad:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-        self.prepared.step()
-        self.prepared.zero_grad()
-        return loss.detach()
+    def _learn_from(self, batch: Any, number: int) -> Tensor:
+        """Adds the gradients of a batch, updates if it is the update's last, and returns the mean of all losses."""
+        try:
+            if self.unsettled:
+                self._settle(batch)
+            self._seed(number)
+            with self.accelerator.autocast():
+                loss = self.step(batch)
+            mean = self.accelerator.reduce(loss.detach(), "mean")  # tells every process of another's infinity
+            if not torch.isfinite(mean):
+                raise_together(FloatingPointError(self._describe_failure(loss)))
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients and self.config.optim.clip_grad:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+            self.prepared.step()
+            self.prepared.zero_grad()
+            return mean
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        raise MemoryError(self._describe_shortage(batch))  # not in the handler, where the batch's tensors still live
+
+    def _settle(self, batch: Any) -> None:
+        """Lets data parallelism see in which order gradients come, which leaves everything else as it is.
+
+        From its second backward on, it adds them up in packets of that order, and the last bit of a sum of more than
+        two depends on the packets. A continued run has to begin with those that it was interrupted with.
+        """
+        self.unsettled = False
+        scores, buffers = self.task.train_state(), [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self.accelerator.backward(self.step(batch))
+        self.optimizer.zero_grad()
+        self.task.reset_train_scores(scores)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+    def learn_alone(self, batch: Any) -> None:
+        """Makes an update without the other processes: not to train, only to see whether there is memory for it."""
+        with self.accelerator.autocast():
+            loss = self.task.loss(self.model, batch)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # a backward would send them to the others
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _finish_update(self) -> None:
         self.update += 1
@@ -214,8 +323,10 @@ class _Run:
         """Evaluates, logs and saves."""
         began = time.perf_counter()
         steps = self.updates * self.config.optim.grad_accum
-        train_loss = self.accelerator.reduce(self.loss_sum, "mean").item() / steps
-        scores = {**self.task.train_scores(), **self.task.evaluate(self.evaluated)}
+        train_loss = self.loss_sum.item() / steps
+        model = self._model_to_evaluate()
+        scores = {**self.task.train_scores(), **self.task.evaluate(model)}
+        self._report_unreadable()
         images = steps * self.config.data.batch_size * self.task.place.world_size
         row = {
             "epoch": self.epoch + 1,
@@ -230,15 +341,34 @@ class _Run:
         is_best = self.best is None or row[self.task.goal] > self.best[self.task.goal]
         self.best = row if is_best else self.best
         self.epoch, self.update, self.trained = self.epoch + 1, 0, self.trained + 1
-        if self.accelerator.is_main_process:
-            card = replace(self.task.card, epoch=self.epoch, scores=scores)
-            write_log(self.output, self.log)
-            if is_best:
-                save_weights(self.output / "best.safetensors", self.evaluated.state_dict(), card)
-            save_weights(self.output / "last.safetensors", self.evaluated.state_dict(), card)
-            self.progress.report(row)
+        card = replace(self.task.card, epoch=self.epoch, scores=scores)
+        on_main_process(lambda: self._write_epoch(model, card, is_best))
+        if self.sharded:
+            self.evaluated.cpu()  # it would take room from training
         self._reset_sums()
         self._save_state()
+
+    def _model_to_evaluate(self) -> nn.Module:
+        """The weights to evaluate and keep, the same in every process, as an ordinary model."""
+        if self.sharded:
+            fill_whole(self.evaluated.to(self.task.place.device), self.ema.module if self.ema else self.model)
+        share_buffers(self.evaluated)
+        return self.evaluated
+
+    def _write_epoch(self, model: nn.Module, card: ModelCard, is_best: bool) -> None:
+        write_log(self.output, self.log)
+        for name in ("best", "last") if is_best else ("last",):
+            save_weights(self.output / f"{name}.safetensors", model.state_dict(), card)
+        self.progress.report(self.log[-1])
+
+    def _report_unreadable(self) -> None:
+        """Names the images of the epoch that could not be read; loaders that go on without them have a list."""
+        names = getattr(self.task.train_loader, "unreadable", list)()
+        names = sorted(require("accelerate.utils").gather_object(names))
+        if names:
+            count = f"{len(names)} images could not be read and were replaced by others"
+            shown = f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+            _logger.warning("Epoch %d: %s: %s", self.epoch + 1, count, shown)
 
     def _reset_sums(self) -> None:
         self.loss_sum = torch.zeros((), device=self.task.place.device)
@@ -253,19 +383,19 @@ class _Run:
             "ema": self.ema.module.state_dict() if self.ema else None,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "best": self.best,
-            "loss_sum": self.accelerator.reduce(self.loss_sum, "mean").cpu(),
-            "train_state": {name: tensor.cpu() for name, tensor in self.task.train_state().items()},
+            "lr": self.lr,
+            "loss_sum": self.loss_sum,
+            "train_state": self.task.train_state(),
             "watch": asdict(self.watch),
+            "images": self.config.data.batch_size * self.task.place.world_size,
         }
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.output, self.epoch, self.update, self.model.state_dict(), state, self.task.card)
+        weights, state = whole((self.model.state_dict(), state), keep=self.accelerator.is_main_process)
+        on_main_process(lambda: save_checkpoint(self.output, self.epoch, self.update, weights, state, self.task.card))
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.epoch, self.update, self.best = state["epoch"], state["update"], state["best"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.update, self.best, self.lr = (state[name] for name in ("epoch", "update", "best", "lr"))
+        self.optimizer.load_state_dict(scatter(state["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.ema and state["ema"]:
-            self.ema.module.load_state_dict(state["ema"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.update:
@@ -274,10 +404,26 @@ class _Run:
             self.task.reset_train_scores(state["train_state"])
 
     def _describe_failure(self, loss: Tensor) -> str:
-        place = f"the loss is {loss.item()} in epoch {self.epoch + 1}, update {self.update + 1}"
+        """Says where the loss stopped being finite; every process has to call it, also one whose own loss is."""
+        if self.sharded:
+            fill_whole(self.evaluated.to(self.task.place.device), self.model)
+            self.task.model = self.evaluated.train()
+        reason = None
+        if not torch.isfinite(loss):
+            process = f" in process {self.task.place.rank}" if self.task.place.world_size > 1 else ""
+            reason = f"the loss is {loss.item()}{process} in epoch {self.epoch + 1}, update {self.update + 1}"
+            reason += f": {self.task.explain_failure()}"
+        reason = next(filter(None, require("accelerate.utils").gather_object([reason])))
         kept = f"the weights of the last whole epoch are in {self.output}" if self.epoch else "no epoch was finished"
         advice = "try a lower optim.lr, optim.clip_grad, or precision=bf16 or fp32"
-        return f"{place}: {self.task.explain_failure()}; {kept}; {advice}"
+        return f"{reason}; {kept}; {advice}"
+
+    def _describe_shortage(self, batch: Any) -> str:
+        """Says which batch size would fit into memory; for this it makes updates that are no use."""
+        self.optimizer.zero_grad()
+        learn = None if self.sharded else lambda count: self.learn_alone(resized(batch, count))
+        size, accumulated = self.config.data.batch_size, self.config.optim.grad_accum
+        return advise_batch_size(learn, self.task.place.device, size, accumulated)
 
 
 class _LossOf(nn.Module):
@@ -330,35 +476,3 @@ class _Progress:
         )
         with require("tqdm.contrib.logging").logging_redirect_tqdm([logging.getLogger()]):
             _logger.info(line)
-
-
-class _StopRequest:
-    """Notes SIGTERM (a job scheduler's stop) and Ctrl-C, so that the loop stops where it can save its state.
-
-    Attributes:
-        signal: The signal that came, or None.
-    """
-
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-        self.signal: int | None = None
-        self.previous: dict[int, Any] = {}
-
-    def requested(self) -> bool:
-        """Whether any process was asked to stop; every process has to call it."""
-        return self.accelerator.check_trigger()
-
-    def _note(self, number: int, _: object) -> None:
-        if self.signal == number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second one
-        self.signal = number
-        self.accelerator.set_trigger()
-
-    def __enter__(self) -> "_StopRequest":
-        if threading.current_thread() is threading.main_thread():  # no other may set signal handlers
-            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Predictions for image files: finding the files, running a model, writing a table."""
+"""Predictions for image files: finding the files, running a model; for classifiers, writing a table and a sheet."""
 
 import csv
 import glob
@@ -12,11 +12,21 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 import zoo
-from zoo.config import DataConfig
+from zoo.config import DataConfig, TrainConfig, load_config
 from zoo.data import Normalize, image_transform, report_bad_files, resolve_preprocessing, why_unreadable
 from zoo.engine.checkpoint import ModelCard, load_trained
+from zoo.plots import plot_images
 
-__all__ = ["Prediction", "find_images", "load_any", "predict_files", "write_predictions"]
+__all__ = [
+    "Prediction",
+    "classify_into",
+    "find_images",
+    "load_any",
+    "predict_files",
+    "predict_into",
+    "settings_beside",
+    "write_predictions",
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,25 @@ def load_any(
     data = DataConfig(name="folder", img_size=img_size, in_chans=model.pretrained_cfg["input_size"][0])
     preprocessing = resolve_preprocessing(data, None, model)
     return model, ModelCard(name, {}, names, preprocessing, data="folder", descriptions=descriptions)
+
+
+def settings_beside(name: str, overrides: Sequence[str] = ()) -> TrainConfig | None:
+    """The settings of the run that a model is from; None if there are none beside it.
+
+    Args:
+        name: A run's folder or a file in it, or the name of a model.
+        overrides: ``key=value`` settings that win.
+
+    Raises:
+        ValueError: If there are overrides, but no settings; or for a wrong override.
+    """
+    path = Path(name)
+    saved = (path if path.is_dir() else path.parent) / "config.yaml"
+    if path.exists() and saved.exists():
+        return load_config(str(saved), overrides)
+    if overrides:
+        raise ValueError(f"there are no settings for {overrides[0]!r} to change: {saved} is not there")
+    return None
 
 
 def find_images(inputs: Sequence[str], bad_files: str = "skip") -> list[Path]:
@@ -145,3 +174,72 @@ def write_predictions(predictions: Sequence[Prediction], path: str | Path) -> No
             writer.writerow(
                 [prediction.file, prediction.label, f"{prediction.probability:.4f}", prediction.truth or ""]
             )
+
+
+def classify_into(
+    output: Path, model: nn.Module, card: ModelCard, files: Sequence[Path], batch_size: int = 64, shown: int = 64
+) -> str:
+    """Classifies image files, writes ``predictions.csv`` and a labelled contact sheet, ``predictions.png``.
+
+    Args:
+        output: Folder for them.
+        model: A classifier in evaluation mode.
+        card: Its classes and preprocessing.
+        files: Readable images, see :func:`find_images`.
+        batch_size: Images at a time.
+        shown: Largest number of images on the sheet.
+
+    Returns:
+        A line that sums it up.
+    """
+    predictions = predict_files(model, card, files, batch_size)
+    write_predictions(predictions, output / "predictions.csv")
+    known = [prediction for prediction in predictions if prediction.truth is not None]
+    summary = f"{card.model}: {len(predictions)} images"
+    if known:
+        right = sum(prediction.correct for prediction in known)
+        summary += f", {right} of the {len(known)} with a known class are right"
+    drawn = predictions[:shown]
+    mode = "L" if card.preprocessing.in_chans == 1 else "RGB"
+    plot_images(
+        [Image.open(prediction.file).convert(mode) for prediction in drawn],
+        [f"{prediction.label}\n({prediction.probability:.0%})" for prediction in drawn],
+        [prediction.correct for prediction in drawn],
+        output / "predictions.png",
+        summary if len(drawn) == len(predictions) else f"{summary} (the first {len(drawn)} are shown)",
+    )
+    return summary
+
+
+def predict_into(
+    output: Path,
+    model: nn.Module,
+    card: ModelCard,
+    files: Sequence[Path],
+    settings: TrainConfig | None = None,
+    batch_size: int | None = None,
+    shown: int = 64,
+    threshold: float = 0.5,
+) -> str:
+    """Predicts image files with a model of any task and writes what the task has to show.
+
+    Args:
+        output: Folder for the results.
+        model: A model in evaluation mode.
+        card: Its task, classes and preprocessing.
+        files: Readable images, see :func:`find_images`.
+        settings: Those of its run, for how a segmentor predicts images.
+        batch_size: Images at a time; segmentation takes them one by one. Default 64, 8 for detection.
+        shown: Largest number of images on the sheet.
+        threshold: Lowest score of an object that is drawn.
+
+    Returns:
+        A line that sums it up.
+    """
+    from zoo.engine.dense_predict import detect_into, segment_into  # heads are slow to import
+
+    if card.task == "segmentation":
+        return segment_into(output, model, card, files, settings.inference if settings else None, shown)
+    if card.task == "detection":
+        return detect_into(output, model, card, files, batch_size or 8, threshold, shown)
+    return classify_into(output, model, card, files, batch_size or 64, shown)

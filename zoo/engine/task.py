@@ -9,6 +9,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -37,6 +38,11 @@ class Place:
     rank: int = 0
     world_size: int = 1
 
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Random numbers on the device that all processes draw alike; the loop seeds them before every batch."""
+        return torch.Generator(self.device)
+
     @property
     def shares(self) -> dict[str, Any]:
         """The same as loaders take it."""
@@ -59,8 +65,9 @@ class Batches(Protocol):
 class Task(ABC):
     """One kind of training. The constructor opens the data and builds the model, on the CPU.
 
-    Random numbers during training come from torch's, numpy's and Python's global generators, which the loop seeds
-    before every batch; so a run can be continued at any update.
+    Random numbers during training come from torch's, numpy's and Python's global generators, or, where all processes
+    have to draw the same, from ``place.generator``. The loop seeds all of them before every batch; so a run can be
+    continued at any update.
 
     Args:
         config: The complete configuration.
@@ -110,6 +117,14 @@ class Task(ABC):
     @abstractmethod
     def create_model(card: ModelCard) -> nn.Module:
         """The model that a card describes, with fresh weights."""
+
+    def begin(self, epoch: int, average: nn.Module | None) -> None:  # noqa: B027 most tasks do not care
+        """Called before an epoch is trained, or the rest of one.
+
+        Args:
+            epoch: Number of finished epochs.
+            average: Moving average of the model, if there is one.
+        """
 
     def train_scores(self) -> dict[str, float]:
         """Scores of the training batches since the last reset, over all processes, which all call this."""

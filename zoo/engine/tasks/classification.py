@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.config import ClassificationConfig
-from zoo.data import BatchAugment, make_loader, open_split
+from zoo.data import BatchAugment, BatchShare, make_loader, open_split
+from zoo.data.loaders import IN_MEMORY
 from zoo.engine.build import build_loss, build_model
 from zoo.engine.checkpoint import ModelCard
+from zoo.engine.class_balance import ClassBalance
 from zoo.engine.class_report import ClassReport
+from zoo.engine.distill import Distillation
 from zoo.engine.evaluate import evaluate, explain_nonfinite
 from zoo.engine.graph import capture_training
 from zoo.engine.task import Place, Task, register_task
@@ -21,10 +24,12 @@ from zoo.optional import require
 
 __all__ = ["Classification"]
 
+BALANCED = ("balanced_accuracy", "macro_f1", "auroc")
+
 
 @register_task("classification")
 class Classification(Task):
-    """Trains a classifier of ours or of timm with cross-entropy."""
+    """Trains a classifier of ours or of timm on labels, and on the logits of others if there are any."""
 
     columns = ("train_top1", "val_loss", "top1", "top5")
     goal = "top1"
@@ -46,9 +51,16 @@ class Classification(Task):
             crop_padding=config.augment.crop_padding,
             flip=config.augment.flip,
             erase=config.augment.erase,
+            share=BatchShare(place.rank, place.world_size, place.generator),
         ).to(place.device)
         self.num_classes = self.card.kwargs["num_classes"]
         self.mixup, self.criterion = build_loss(config, self.num_classes)
+        self.distillation = Distillation(config.distill, self.card, place.device)
+        self.balance = ClassBalance(self.num_classes, place.device) if config.scores == "balanced" else None
+        if self.balance:
+            self.columns = (*self.columns, *BALANCED)
+            self.goal, self.goal_label = BALANCED[0], "balanced validation accuracy (%)"
+            self.panels = {**self.panels, "scores that weigh classes alike (%)": BALANCED}
         self.reset_train_scores()
 
     @staticmethod
@@ -60,9 +72,12 @@ class Classification(Task):
         if self.mixup:
             inputs, targets = self.mixup(inputs, targets)
         self.inputs = inputs
-        logits = model(inputs).float()
+        logits = self.distillation.add_previous(model(inputs).float(), inputs)
         self._count(logits, targets)
-        return self.criterion(logits, targets)
+        return self.distillation.loss(self.criterion(logits, targets), logits, inputs)
+
+    def begin(self, epoch: int, average: nn.Module | None) -> None:
+        self.distillation.begin(epoch, average)
 
     def _count(self, logits: Tensor, targets: Tensor) -> None:
         """Of mixed images, the class with the larger share counts as the right one."""
@@ -82,10 +97,21 @@ class Classification(Task):
         return {"train_top1": 100 * right / images}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
+        if self.balance:
+            self.balance.reset()
         scores = evaluate(
-            model, self.val_loader, self.augment.normalize, self.num_classes, precision=self.config.precision
+            self.distillation.complete(model),
+            self.val_loader,
+            self.augment.normalize,
+            self.num_classes,
+            precision=self.config.precision,
+            balance=self.balance,
         )
-        return {"val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
+        balanced = self.balance.compute() if self.balance else {}
+        return {
+            **{"val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5},
+            **{name: 100 * balanced[name] for name in balanced},
+        }
 
     def explain_failure(self) -> str:
         return explain_nonfinite(self.model, self.inputs)
@@ -100,12 +126,12 @@ class Classification(Task):
 
     def report(self, model: nn.Module, weights: Path, attempt: Callable[[str, Callable[[], None]], None]) -> None:
         loader = make_loader(self.val_data, self.card.preprocessing, self.config.data, self.place.device)  # all images
-        ClassReport(self.config, self.card).make(model, loader, weights, attempt)
+        ClassReport(self.config, self.card).make(self.distillation.complete(model), loader, weights, attempt)
 
     def advice_on_waiting(self) -> str:
         data = self.config.data
         workers = f"data.workers (now {data.workers}; this machine has {os.cpu_count()} cores)"
-        if data.name in ("digits", "fashion_mnist"):
+        if data.name in IN_MEMORY:
             return f"these images are in memory, where {workers} has no effect; raise data.batch_size"
         return f"raise {workers}, or store smaller images"
 
