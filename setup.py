@@ -44,7 +44,13 @@ EXTRAS = {
     ],
     "data": ["elpv-dataset>=1.0", "webdataset>=1.0"],
     "seg": ["accelerate>=1.2", "albumentations>=2.0", "torchmetrics>=1.4", *SEGMENTATION_FRAMEWORKS],
-    "det": ["accelerate>=1.2", "albumentations>=2.0", "faster-coco-eval>=1.6", "pycocotools>=2.0.8", "torchmetrics>=1.4"],
+    "det": [
+        "accelerate>=1.2",
+        "albumentations>=2.0",
+        "faster-coco-eval>=1.6",
+        "pycocotools>=2.0.8",
+        "torchmetrics>=1.4",
+    ],
     "vlm": ["open-clip-torch>=2.30", "peft>=0.13", "transformers>=5.19"],
     "explain": ["grad-cam>=1.5", "matplotlib>=3.8"],
     "cpu": ["numba>=0.60"],  # compiled loops: scans on CPUs are several times faster

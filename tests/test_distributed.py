@@ -242,3 +242,30 @@ def test_torchrun_forwards_sigterm_and_the_run_continues_bit_for_bit(tmp_path, s
     assert 2 <= state["epoch"] < 40
     found = finish(tmp_path / "stopped")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_one_process_is_killed(tmp_path):
+    """In bounded time, with a status that says so, and with a word of the process that is left."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    options = [*processes["SMALL"], "data.batch_size=16", "optim.epochs=2000", f"output={tmp_path / 'run'}"]
+    job = subprocess.Popen(
+        [*launch, "zoo.tools.train", "vim/micro_digits", *options],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run" / "checkpoints" / "epoch-0002").exists():
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    ranks = {Path(f"/proc/{pid}/environ").read_bytes().split(b"\0RANK=")[1][:1]: int(pid) for pid in workers}
+    os.kill(ranks[b"1"], signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert time.monotonic() - began < 60
+    assert "error: another process of this run has ended" in errors

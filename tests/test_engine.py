@@ -29,10 +29,12 @@ SMALL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
     """They take longer than the training."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield
 
 
 @pytest.fixture(autouse=True)

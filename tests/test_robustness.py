@@ -3,7 +3,9 @@
 import random
 import re
 import runpy
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,10 +31,12 @@ EVERYTHING = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
     """They take longer than the training."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +199,33 @@ def test_a_full_disk_ends_all_processes_and_loses_nothing(tmp_path):
     assert all(torch.equal(before[key], state["ema"][key]) for key in before)
     codes, output = processes["run"](tmp_path, ["resume=auto"], 2)
     assert codes == [0, 0], output
+
+
+@pytest.mark.slow
+def test_a_file_system_without_room_loses_nothing_and_the_run_continues(tmp_path, brief):
+    """One in memory with room for two states beside the weights, but not for a third; then it grows."""
+    mount = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system of one's own")
+    disk, left = tmp_path / "disk", tmp_path / "left"
+    disk.mkdir()
+    words = ["vim/micro_digits", *processes["SMALL"], *BRIEF, "resume=auto", f"output={disk / 'run'}"]
+    command = f"{sys.executable} -m zoo.tools.train {shlex.join(words)}"
+    pages = sum(-(-file.stat().st_size // 4096) + 1 for file in (brief / "run").rglob("*") if file.is_file())
+    script = f"""
+        mount -t tmpfs -o size={4 * pages}k none {disk}
+        {command} && exit 3
+        cp -r {disk / "run"} {left}
+        mount -o remount,size=60m {disk}
+        {command} && cp -r {disk / "run"} {tmp_path}
+    """
+    done = subprocess.run([*mount, "sh", "-c", script], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^error: .*(No space left|file write failed|unexpected pos)", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+    assert find_checkpoint(left)
+    assert all(file.stat().st_size for file in left.rglob("*") if file.is_file())
+    assert_same_weights(tmp_path, brief)
 
 
 def test_a_full_disk_leaves_earlier_states(tmp_path, monkeypatch):

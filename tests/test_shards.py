@@ -2,17 +2,23 @@
 
 import io
 import json
+import sys
 import tarfile
 
 import pytest
 import timm
 import torch
+import torchmetrics.classification  # noqa: F401 before matplotlib is hidden, which it looks at
+from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file
 
-from zoo.config import AugmentConfig, DataConfig
+from zoo.config import AugmentConfig, DataConfig, load_config
 from zoo.data import load_digits, make_loader, open_split, resolve_preprocessing
 from zoo.data.memory import epoch_order
 from zoo.data.shards import find_shards, index_shard, open_shards
+from zoo.engine import train
+from zoo.engine.distributed import StopRequest
 
 SAMPLES = 7  # per shard
 
@@ -271,3 +277,32 @@ def test_more_shards_than_open_files(shards, monkeypatch):
     dataset = open_shards(str(shards), "train")
     assert [dataset[index][1] for index in range(0, 70, 3)] == list(range(0, 70, 3))
     assert len(dataset.files) == 3
+
+
+def test_a_run_names_replaced_images_and_continues_within_an_epoch(corrupt, tmp_path, monkeypatch, caplog):
+    """Stopped after every third update, and continued: with the weights of a run that was not."""
+    (corrupt / "train-000009.tar").rename(corrupt / "val-000009.tar")
+    model = "model.kwargs={img_size: 8, patch_size: 2, embed_dim: 16, depth: 1, d_state: 4}"
+    options = [model, "model.num_classes=70", "data.name=shards", f"data.root={corrupt}", "data.val_split=val"]
+    options += ["data.bad_files=skip", "data.batch_size=16", "data.workers=2", "data.img_size=8", "data.in_chans=1"]
+    options += ["optim.epochs=3", "optim.warmup_epochs=1", "cpu=true"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures take longer than the training
+    caplog.set_level("INFO")
+
+    def run(folder, *more):
+        result = train(load_config("vim/micro_digits", [*options, f"output={tmp_path / folder}", *more]))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return result
+
+    whole = run("whole")
+    assert (
+        "Epoch 1: 2 images could not be read and were replaced by others: train-000005.tar/digits/0003" in caplog.text
+    )
+    assert [row["epoch"] for row in whole.log] == [1, 2, 3]  # 63 images, of which an update takes 16
+    calls = []
+    monkeypatch.setattr(StopRequest, "requested", lambda self: calls.append(None) or len(calls) % 3 == 2)
+    while not run("stopped", "resume=auto").complete:
+        pass
+    assert len(calls) == 9
+    ours, theirs = (load_file(tmp_path / name / "last.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

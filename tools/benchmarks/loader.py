@@ -10,6 +10,7 @@ processes, none as one; the first batch, for which processes are started, is not
 """
 
 import argparse
+import contextlib
 import io
 import os
 import tarfile
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torchvision.io import encode_jpeg
+from PIL import Image
 
 from zoo.config import AugmentConfig, DataConfig
 from zoo.data import FileLoader, Preprocessing, make_loader, open_split
@@ -69,8 +70,9 @@ def run(machine: Machine, options: argparse.Namespace) -> dict[str, Any]:
     lines = [["", *(column.replace("_", " ") for column in COLUMNS)]]
     for row in records:
         about = f"{row['format']}, {row['mode']}, {row['workers']} workers"
-        lines.append([about, *(f"{row[column]:.1f}" for column in COLUMNS)])
-    print(f"\n{options.images} JPEG images of {PHOTO[1]} x {PHOTO[0]} pixels, {size / options.images / 1e3:.0f} kB each")
+        lines.append([about, *(f"{row[column]:.2f}" for column in COLUMNS)])
+    kilobytes = size / options.images / 1e3
+    print(f"\n{options.images} JPEG images of {PHOTO[1]} x {PHOTO[0]} pixels, {kilobytes:.0f} kB each")
     print("\n".join(aligned(lines)))
     return {"records": records}
 
@@ -83,8 +85,11 @@ def write_images(root: Path, count: int) -> int:
     """
     generator = torch.Generator().manual_seed(0)
     written = 0
-    archives = [tarfile.open(root / f"shards-{shard:04d}.tar", "w") for shard in range(SHARDS)]
-    with tarfile.open(root / "tar.tar", "w") as tar:
+    with contextlib.ExitStack() as open_archives:
+        tar, *shards = (
+            open_archives.enter_context(tarfile.open(root / f"{name}.tar", "w"))
+            for name in ("tar", *(f"shards-{shard:04d}" for shard in range(SHARDS)))
+        )
         for number in range(count):
             label = number % CLASSES
             content = _picture(generator)
@@ -93,11 +98,9 @@ def write_images(root: Path, count: int) -> int:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
             _add(tar, f"{label}/{number:05d}.jpg", content)
-            archive = archives[number * SHARDS // count]
-            _add(archive, f"{number:05d}.jpg", content)
-            _add(archive, f"{number:05d}.cls", str(label).encode())
-    for archive in archives:
-        archive.close()
+            shard = shards[number * SHARDS // count]
+            _add(shard, f"{number:05d}.jpg", content)
+            _add(shard, f"{number:05d}.cls", str(label).encode())
     return written
 
 
@@ -105,7 +108,10 @@ def _picture(generator: torch.Generator) -> bytes:
     coarse = torch.rand((1, 3, 12, 16), generator=generator)
     smooth = F.interpolate(coarse, PHOTO, mode="bicubic", align_corners=False)[0]
     noisy = smooth + 0.04 * torch.randn((3, *PHOTO), generator=generator)
-    return encode_jpeg((noisy.clamp(0, 1) * 255).to(torch.uint8), QUALITY).numpy().tobytes()
+    pixels = (noisy.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0)  # (H, W, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -22,7 +22,10 @@ __all__ = [
     "start_processes",
 ]
 
-LOST = ("closed by peer", "reset by peer", "Broken pipe", "NCCL")
+LOST = (  # what gloo and NCCL say of a process that is gone
+    *("closed by peer", "reset by peer", "Broken pipe", "Connection refused"),
+    *("remote process exit", "communicator was aborted"),
+)
 
 
 def start_processes(config: TrainConfig) -> tuple[Any, Place]:
@@ -40,7 +43,7 @@ def start_processes(config: TrainConfig) -> tuple[Any, Place]:
         gradient_accumulation_steps=config.optim.grad_accum,
     )
     kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise ValueError(f"Accelerate is configured for {kind}; configure it for plain processes and set strategy=fsdp")
     return accelerator, Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
 

@@ -92,6 +92,11 @@ def train(config: TrainConfig) -> TrainResult:
         KeyboardInterrupt: On Ctrl-C; a second one does not wait for the state to be saved.
     """
     accelerator, place = start_processes(config)
+    with explain_lost_process(place.world_size > 1):
+        return _train(config, accelerator, place)
+
+
+def _train(config: TrainConfig, accelerator: Any, place: Place) -> TrainResult:
     if place.device.type == "cpu" and config.precision != "fp32":
         _logger.warning("precision=%s is emulated on most CPUs and many times slower than fp32", config.precision)
     checkpoint = find_start(config)
@@ -101,7 +106,7 @@ def train(config: TrainConfig) -> TrainResult:
     run = _Run(config, accelerator, task, checkpoint)
     stop = StopRequest(accelerator)
     report = RunReport(config, task) if accelerator.is_main_process else None
-    with stop, run.progress, report or contextlib.nullcontext(), explain_lost_process(place.world_size > 1):
+    with stop, run.progress, report or contextlib.nullcontext():
         while run.epoch < config.optim.epochs and run.train_epoch(stop):
             run.finish_epoch()
             if report:
@@ -215,11 +220,11 @@ class _Run:
             shard(self.step, place.device)
             if self.ema:
                 shard(self.ema.module, place.device)
+        self.optimizer, self.scheduler = build_optimizer(config, self.model, self.updates, place.world_size)
         if config.compile:
             self.model.compile()
         if config.cuda_graph:
             self._capture()
-        self.optimizer, self.scheduler = build_optimizer(config, self.model, self.updates, place.world_size)
         if self.sharded:
             self.prepared = self.accelerator.prepare(self.optimizer)
         else:
@@ -421,7 +426,8 @@ class _Run:
     def _describe_shortage(self, batch: Any) -> str:
         """Says which batch size would fit into memory; for this it makes updates that are no use."""
         self.optimizer.zero_grad()
-        learn = None if self.sharded else lambda count: self.learn_alone(resized(batch, count))
+        others_needed = self.task.place.world_size > 1 and (self.sharded or not self.task.loss_is_local)
+        learn = None if others_needed else lambda count: self.learn_alone(resized(batch, count))
         size, accumulated = self.config.data.batch_size, self.config.optim.grad_accum
         return advise_batch_size(learn, self.task.place.device, size, accumulated)
 

@@ -78,6 +78,7 @@ class Task(ABC):
         goal: The one of them whose highest value makes the best weights.
         goal_label: What it is called, with its unit.
         panels: Columns that share a picture of the curves, by the label of its axis.
+        loss_is_local: Whether a process computes its loss without the others.
         model: What is trained, without a wrapper.
         card: What is needed to use its weights.
         train_loader: Batches to train on.
@@ -87,6 +88,7 @@ class Task(ABC):
     goal: ClassVar[str]
     goal_label: ClassVar[str]
     panels: ClassVar[Mapping[str, tuple[str, ...]]]
+    loss_is_local: ClassVar[bool] = True
 
     model: nn.Module
     card: ModelCard

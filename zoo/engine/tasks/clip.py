@@ -28,7 +28,7 @@ from zoo.zero_shot import RANKS, ZeroShotClassifier, embed_pairs, open_classes, 
 __all__ = ["Clip"]
 
 SHEET = "captions.png"
-SHOWN, SHEET_COLUMNS, CAPTION_WIDTH = 24, 6, 24  # images on the sheet, in a row; characters in a line above one
+SHOWN, SHEET_COLUMNS, CAPTION_WIDTH = 24, 6, 22  # images on the sheet, in a row; characters in a line above one
 
 
 @register_task("clip")
@@ -38,6 +38,7 @@ class Clip(Task):
     goal = "recall1"
     goal_label = "validation recall@1 (%), mean of both ways"
     panels: ClassVar = {"contrastive loss": ("train_loss", "val_loss")}
+    loss_is_local = False  # images and captions of all processes are compared
 
     def __init__(self, config: ClipConfig, place: Place) -> None:
         super().__init__(config, place)
