@@ -36,8 +36,8 @@ OPTIONS = {
 }
 TASKS = tuple(OPTIONS)
 RECIPES = [name for name in list_configs() if name.startswith(("segmentation/", "detection/"))]
-LARGE = ("small", "base", "l3")
-LIGHT = [name for name in RECIPES if not name.rpartition("/")[2].startswith(LARGE)]
+LIGHT = {f"segmentation/{name}" for name in ("nano_fashion_scenes", "vim/tiny_ade20k", "mamba_vision/tiny_ade20k")}
+LIGHT |= {f"detection/{name}" for name in ("nano_fashion_scenes", "vim/tiny_coco", "vmamba/tiny_coco_3x")}
 CPU = Place(torch.device("cpu"))
 
 
