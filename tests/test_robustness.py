@@ -4,6 +4,7 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from zoo.tools.train import main
 processes = runpy.run_path(str(Path(__file__).with_name("training_processes.py")))
 EVERYTHING = [
     *("ema_decay=0.9", "augment.mixup=0.2", "augment.erase=0.3", "augment.crop_padding=1", "model.drop_path=0.1"),
-    *("optim.epochs=5", "checkpoint_every=1", "resume=auto"),
+    *("checkpoint_every=1", "resume=auto"),
 ]
 
 
@@ -61,9 +62,9 @@ def assert_same_weights(first, second):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
-def kill_and_continue(tmp_path, kills, world_size=1, strategy="ddp"):
+def kill_and_continue(tmp_path, kills, epochs, world_size=1, strategy="ddp"):
     """Kills a run that saves its state after every update, at random moments after it has begun to, again and again."""
-    options = [*EVERYTHING, f"data.batch_size={32 // world_size}", f"strategy={strategy}"]
+    options = [*EVERYTHING, f"optim.epochs={epochs}", f"data.batch_size={32 // world_size}", f"strategy={strategy}"]
     codes, output = processes["run"](tmp_path / "whole", options, world_size)
     assert codes == [0] * world_size, output
     moment, run = random.Random(0), tmp_path / "killed" / "run"
@@ -83,7 +84,7 @@ def kill_and_continue(tmp_path, kills, world_size=1, strategy="ddp"):
 
 
 def test_killed_twice_a_run_ends_with_the_same_weights(tmp_path):
-    kill_and_continue(tmp_path, kills=2)
+    kill_and_continue(tmp_path, kills=2, epochs=2)
 
 
 @pytest.mark.slow
@@ -92,7 +93,7 @@ def test_killed_twice_a_run_ends_with_the_same_weights(tmp_path):
 )
 def test_killed_many_times_a_run_ends_with_the_same_weights(tmp_path, world_size, strategy, kills):
     """The last bit of a sum of more than two depends on its order, which therefore may not change either."""
-    kill_and_continue(tmp_path, kills, world_size, strategy)
+    kill_and_continue(tmp_path, kills, 5, world_size, strategy)
 
 
 BRIEF = ["data.train_samples=64", "optim.epochs=3", "checkpoint_every=1"]
@@ -135,7 +136,7 @@ def test_killed_while_it_saves_a_run_continues(tmp_path, monkeypatch, brief, nam
 
 def test_sigterm_stops_two_processes_that_continue_bit_for_bit(tmp_path):
     """One of them is told, at a moment of its own; both stop after the same update, and end well."""
-    options = [*EVERYTHING, "data.batch_size=16", "optim.epochs=6"]
+    options = [*EVERYTHING, "data.batch_size=16", "optim.epochs=4"]
     job = processes["start"](tmp_path / "stopped", options, 2)
     while len(checkpoints(tmp_path / "stopped" / "run")) < 2:
         time.sleep(0.002)
@@ -143,7 +144,7 @@ def test_sigterm_stops_two_processes_that_continue_bit_for_bit(tmp_path):
     job.processes[1].terminate()  # which is SIGTERM
     assert job.wait() == [0, 0], job.output()
     state = find_checkpoint(tmp_path / "stopped" / "run").training
-    assert state["epoch"] < 6
+    assert state["epoch"] < 4
     assert "stopped as asked" in job.output()
     for folder in ("stopped", "whole"):
         codes, output = processes["run"](tmp_path / folder, options, 2)
@@ -253,6 +254,14 @@ def test_a_state_within_an_epoch_is_not_continued_with_other_batches(tmp_path, m
     state = find_checkpoint(tmp_path / "first").path
     with pytest.raises(ValueError, match="batches have 32 images over all processes, not 16"):
         train(small_config(tmp_path / "second", f"resume={state}", "data.batch_size=16"))
+
+
+def test_processes_that_see_different_folders_do_not_begin(tmp_path, brief):
+    shutil.copytree(brief / "run", tmp_path / "run")
+    codes, output = processes["run"](tmp_path, [*BRIEF, "resume=auto"], 2, fault="process_1_sees_another_folder")
+    assert codes == [1, 1], output
+    assert "error: the processes do not see the same checkpoint" in output
+    assert "Process 1 sees none" in output
 
 
 def out_of_memory(*_):

@@ -132,6 +132,14 @@ def process_1_dies(rank):
     Classification.loss = dying
 
 
+def process_1_sees_another_folder(rank):
+    """Where there is no state yet."""
+    import zoo.engine.loop as loop
+
+    find_start = loop.find_start
+    loop.find_start = lambda config: None if rank == 1 else find_start(config)
+
+
 def stops_after_an_epoch(rank):
     """The loop believes that the epoch after which it is was the last."""
     from zoo.engine.loop import _Run
