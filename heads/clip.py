@@ -109,7 +109,8 @@ class ContrastiveModel(open_clip.CustomTextCLIP):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone; TimmModel does not tell its model's."""
-        return super().no_weight_decay() | {f"visual.trunk.{name}" for name in self.visual.trunk.no_weight_decay()}
+        tell = getattr(self.visual.trunk, "no_weight_decay", set)
+        return super().no_weight_decay() | {f"visual.trunk.{name}" for name in tell()}
 
 
 def create_clip(

@@ -156,7 +156,7 @@ def open_classes(
         val_samples=config.samples,
         download=download,
         bad_files=bad_files,
-        img_size=size[0] if size[0] == size[1] else None,
+        img_size=min(size),  # of data in memory, which are square
         batch_size=batch_size,
         workers=workers,
     )

@@ -42,6 +42,7 @@ class Clip(Task):
 
     def __init__(self, config: ClipConfig, place: Place) -> None:
         super().__init__(config, place)
+        require("open_clip", "vlm")  # before the data is read
         if config.data.batch_size * place.world_size < 2:
             raise ValueError("a batch of one pair has nothing to be told apart from; raise data.batch_size")
         self.train_data = open_captions(config.data, training=True)
