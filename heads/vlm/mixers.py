@@ -1,6 +1,6 @@
 """Mamba-1 and Mamba-2 mixers of transformers' language models on this package's kernels.
 
-transformers (5.19) works the selective scan of Mamba-1 (arXiv 2312.00752) through a Python loop over tokens unless
+transformers works the selective scan of Mamba-1 (arXiv 2312.00752) through a Python loop over tokens unless
 CUDA packages are installed. Here the ``forward`` of every mixer is replaced on the instance; parameters, their names,
 the initialisation and the cache classes stay transformers'. What is different in the result:
 
@@ -70,7 +70,7 @@ def recurrent_mixers(model: nn.Module) -> int:
 def _mamba1_forward(
     self: nn.Module,
     hidden_states: Tensor,
-    cache_params: Any = None,
+    cache: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
@@ -78,20 +78,21 @@ def _mamba1_forward(
 
     Args:
         hidden_states: Tokens (B, L, D).
-        cache_params: transformers' cache, which is read and brought up to date.
+        cache: transformers' cache, which is read and brought up to date; earlier releases name it ``cache_params``.
         attention_mask: (B, L), 0 at padding.
 
     Returns:
         Tokens (B, L, D).
     """
     _refuse_packing(kwargs)
+    cache = kwargs.get("cache_params", cache)
     x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, E) each
-    u = _convolve(self, x, cache_params, attention_mask)
+    u = _convolve(self, x, cache, attention_mask)
     low_rank, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
     if hasattr(self, "dt_layernorm"):  # FalconMamba and Jamba
         low_rank, B, C = self.dt_layernorm(low_rank), self.b_layernorm(B), self.c_layernorm(C)
     delta = _no_step_at_padding(F.linear(low_rank, self.dt_proj.weight), attention_mask)
-    state = _previous_state(self, cache_params)
+    state = _previous_state(self, cache)
     scan = selective_step if _is_step(u, state) else selective_scan
     y, state = scan(
         *(u, delta, negative_exp(self.A_log), B, C, self.D, z, self.dt_proj.bias),
@@ -99,23 +100,24 @@ def _mamba1_forward(
         initial_state=state,
         return_last_state=True,
     )
-    if cache_params is not None:
-        cache_params.update_recurrent_state(state, self.layer_idx)
+    if cache is not None:
+        cache.update_recurrent_state(state, self.layer_idx)
     return self.out_proj(y)
 
 
 def _mamba2_forward(
     self: nn.Module,
     hidden_states: Tensor,
-    cache_params: Any = None,
+    cache: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Mamba-2's mixer; arguments and result as of Mamba-1's."""
     _refuse_packing(kwargs)
+    cache = kwargs.get("cache_params", cache)
     projected = _project(self, hidden_states)
     z, xBC, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-    xBC = _convolve(self, xBC, cache_params, attention_mask)
+    xBC = _convolve(self, xBC, cache, attention_mask)
     states = self.n_groups * self.ssm_state_size
     x, B, C = xBC.split([self.intermediate_size, states, states], dim=-1)
     x = x.unflatten(-1, (self.num_heads, self.head_dim))  # (B, L, H, P)
@@ -126,15 +128,15 @@ def _mamba2_forward(
     if limited:
         dt, bias = F.softplus(dt + bias).clamp(least, most), None
         dt = dt if attention_mask is None else dt * attention_mask.to(dt.dtype)[..., None]
-    state = _previous_state(self, cache_params)
+    state = _previous_state(self, cache)
     y, state = (ssd_step if _is_step(x, state) else ssd)(
         *(x, dt, negative_exp(self.A_log), B, C, self.D, bias),
         dt_softplus=not limited,
         initial_state=state,
         return_last_state=True,
     )
-    if cache_params is not None:
-        cache_params.update_recurrent_state(state, self.layer_idx)
+    if cache is not None:
+        cache.update_recurrent_state(state, self.layer_idx)
     return self.out_proj(_gate_and_norm(self, y.flatten(2), z))
 
 

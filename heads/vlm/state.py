@@ -96,6 +96,7 @@ class DecoderState:
         return cls(cache, *(tensors.get(name) for name in own))
 
 
+CACHE_NAMES = ("cache", "cache_params", "past_key_values")  # transformers' newer releases have the first
 _SLOTS = {"conv": "conv_states", "recurrent": "recurrent_states", "keys": "keys", "values": "values"}
 
 
@@ -161,7 +162,7 @@ def read(
         inputs = dict(attention_mask=given, position_ids=positions.clamp(min=0))
     else:
         inputs = {} if mask is None else dict(attention_mask=mask)
-    cache_name = "cache_params" if accepts(model, "cache_params") else "past_key_values"
+    cache_name = next((name for name in CACHE_NAMES if accepts(model, name)), CACHE_NAMES[-1])
     if state is not None:
         inputs[cache_name] = state.cache
     if accepts(model, "logits_to_keep"):
