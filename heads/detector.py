@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -187,9 +186,12 @@ class _Detector:
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """Order of parameters by name for layer-wise decay: the backbone's groups, then pyramid and head together."""
-        body = self.backbone.body
-        groups = group_parameters(body, body.group_matcher(coarse=coarse), reverse=True)
-        return lambda name: groups.get(name.removeprefix("backbone.body."), math.inf)
+        matcher = self.backbone.body.group_matcher(coarse=coarse)
+
+        def group(name: str) -> float:
+            return matcher(name.removeprefix("backbone.body.")) if name.startswith("backbone.body.") else math.inf
+
+        return group
 
     def _predict_in_float32(self, *modules: nn.Module) -> None:
         """Converts what these modules return, which is float16 or bfloat16 under autocast."""

@@ -3,9 +3,11 @@
 import csv
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 import zoo
 from zoo.config import load_config
@@ -126,3 +128,31 @@ def test_mistakes_are_named(runs, tmp_path, capsys):
     assert leaderboard.main([str(runs / "plain_mamba_nano")] * 2 + table) == 1
     assert "several runs have the same settings: python -m zoo.tools.train" in capsys.readouterr().err
     assert not (tmp_path / "table.csv").exists()
+
+
+def test_runs_of_other_tasks(tmp_path):
+    """Scores are the task's; what is no score of the best weights is left out."""
+    pytest.importorskip("albumentations")
+    root, rng = tmp_path / "data", np.random.default_rng(0)
+    for split in ("train", "val"):
+        for place, high in (("images", 255), ("masks", 2)):
+            (root / place / split).mkdir(parents=True)
+            for number in range(4):
+                pixels = rng.integers(0, high, (32, 32), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / place / split / f"{number}.png")
+    recipe, folder = "segmentation/nano_fashion_scenes", tmp_path / "run"
+    options = ["data.name=folder", f"data.root={root}", "data.img_size=32", "data.batch_size=2", "data.workers=0"]
+    options += [
+        "model.name=vim_nano.untrained",
+        "model.kwargs={embed_dim: 16, depth: 2}",
+        "model.head_kwargs={channels: 16}",
+        "cpu=true",
+    ]
+    options += ["data.train_samples=null", "data.val_samples=null", "data.val_batch_size=2", "optim.epochs=1"]
+    options += ["optim.warmup_epochs=0", "optim.warmup_updates=null", "precision=fp32", f"output={folder}"]
+    assert train.main([recipe, *options]) == 0
+    (row,) = leaderboard.collect([folder], recipe)
+    assert {"head", "miou", "macc", "aacc", "gflops"} <= set(row)
+    assert row["miou"] == read_log(folder)[-1]["miou"]
+    assert not {"val_loss", "lr", "seconds"} & set(row)
+    assert "data.name=folder" in row["command"]

@@ -3,9 +3,10 @@
     python -m zoo.tools.train classification/nano_fashion_mnist model.name=lbvim_nano output=runs/nano/lbvim_nano
     python -m zoo.tools.leaderboard runs/nano/* --output results/fashion_mnist.csv --device "one NVIDIA H200"
 
-A row holds the accuracy of the last epoch's weights, parameters in millions, 10^9 floating-point operations of one
-image (forward, two for a multiply-add, scans included), training images per second (median over the epochs after the
-first), and the command that repeats the run: its settings are the recipe's but for those that the command names.
+A row holds the scores of the last epoch's weights, parameters in millions, 10^9 floating-point operations of one
+image (forward, two for a multiply-add, scans included; of classifiers and segmentors), training images per second
+(median over the epochs after the first), and the command that repeats the run: its settings are the recipe's but for
+those that the command names.
 """
 
 import argparse
@@ -26,11 +27,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo.config import load_config
+from zoo.config import TrainConfig, load_config
 from zoo.engine import load_trained, read_log
+from zoo.engine.task import find_task
 
 RECIPE = "classification/nano_fashion_mnist"
-COLUMNS = ("model", "img_size", "top1", "top5", "param_count", "gflops", "train_samples_per_sec", "epochs", "command")
+NO_SCORES = {"epoch", "lr", "train_loss", "train_top1", "val_loss", "images_per_second", "data_seconds", "seconds"}
 NO_MATTER = ("output", "resume", "data.root", "data.workers", "data.download")  # where and how, not what
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for row in rows:
-        print(f"{row['top1']:6.2f} %  {row['param_count']:6.2f} M  {row['gflops']:7.3f} GFLOPs  {row['model']}")
+        print("  ".join(f"{name}={value}" for name, value in row.items() if name != "command"))
     print(f"{len(rows)} runs in {options.output}")
     return 0
 
@@ -70,9 +72,9 @@ def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, 
 
     Raises:
         FileNotFoundError: If a folder holds no run or no weights.
-        ValueError: If no run is finished, or two of them have the same settings.
+        ValueError: If no run is finished, two of them have the same settings, or their tasks differ.
     """
-    rows = []
+    rows, tasks = [], set()
     for run in map(Path, runs):
         if not (run / "config.yaml").is_file():
             raise FileNotFoundError(f"{run} holds no run: there is no config.yaml")
@@ -80,28 +82,36 @@ def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, 
         if not log or log[-1]["epoch"] < config.optim.epochs:
             _logger.warning("%s is left out: %d of %d epochs", run, len(log), config.optim.epochs)
             continue
-        model, card = load_trained(run / "last.safetensors")
-        size = (1, card.kwargs["in_chans"], *card.preprocessing.size)
-        rows.append(
-            {
-                "model": config.model.name.partition(".")[0],  # a tag tells where the run started from
-                "img_size": card.preprocessing.size[-1],
-                "top1": log[-1]["top1"],
-                "top5": log[-1]["top5"],
-                "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 3),
-                "gflops": round(count_flops(model, size) / 1e9, 4),
-                "train_samples_per_sec": round(statistics.median(e["images_per_second"] for e in log[1:] or log)),
-                "epochs": config.optim.epochs,
-                "command": training_command(asdict(config), recipe),
-            }
-        )
+        tasks.add(config.task)
+        rows.append(_row(run, config, log, recipe))
     if not rows:
         raise ValueError(f"none of the runs is finished: {', '.join(map(str, runs))}")
+    if len(tasks) > 1:
+        raise ValueError(f"runs of several tasks have no scores in common: {', '.join(sorted(tasks))}")
     commands = [row["command"] for row in rows]
     twice = sorted({command for command in commands if commands.count(command) > 1})
     if twice:
         raise ValueError(f"several runs have the same settings: {'; '.join(twice)}")
-    return sorted(rows, key=lambda row: (-row["top1"], row["model"]))
+    goal = find_task(tasks.pop()).goal
+    return sorted(rows, key=lambda row: (-row[goal], row["model"]))
+
+
+def _row(run: Path, config: TrainConfig, log: Sequence[Mapping[str, float]], recipe: str) -> dict[str, Any]:
+    """What the table says about a run."""
+    model, card = load_trained(run / "last.safetensors")
+    size = (1, card.preprocessing.in_chans, *card.preprocessing.size)
+    takes_images = config.task in ("classification", "segmentation")  # detectors take lists, towers texts too
+    return {
+        "model": config.model.name.partition(".")[0],  # a tag tells where the run started from
+        **({"head": config.model.head} if hasattr(config.model, "head") else {}),
+        "img_size": size[-1],
+        **{name: value for name, value in log[-1].items() if name not in NO_SCORES},
+        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 3),
+        **({"gflops": round(count_flops(model, size) / 1e9, 4)} if takes_images else {}),
+        "train_samples_per_sec": round(statistics.median(e["images_per_second"] for e in log[1:] or log)),
+        "epochs": config.optim.epochs,
+        "command": training_command(asdict(config), recipe),
+    }
 
 
 def count_flops(model: nn.Module, size: Sequence[int]) -> int:
@@ -153,7 +163,7 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path, device: str
     versions = f"vision-ssm-zoo {zoo.__version__}, torch {torch.__version__}, timm {timm.__version__}"
     with path.open("w", newline="") as file:
         file.write(f"# Trained on {device}; {versions}. Made by: python -m zoo.tools.leaderboard\n")
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -110,7 +110,14 @@ def why_unreadable(file: Path | BinaryIO) -> str | None:
     return None
 
 
-def report_bad_files(reasons: Mapping[str, str], total: int, place: object, bad_files: str) -> None:
+def report_bad_files(
+    reasons: Mapping[str, str],
+    total: int,
+    place: object,
+    bad_files: str,
+    kind: str = "files",
+    fault: str = "are not readable images",
+) -> None:
     """Logs (``skip``) or raises as ValueError (``error``) the names and the number of files that cannot be used.
 
     Args:
@@ -118,13 +125,15 @@ def report_bad_files(reasons: Mapping[str, str], total: int, place: object, bad_
         total: Number of files looked at.
         place: Where they are, for the message.
         bad_files: ``error`` or ``skip``.
+        kind: What they are, for the message.
+        fault: What is wrong with all of them, for the message.
     """
     if not reasons:
         return
     lines = [f"  {name}: {reason}" for name, reason in list(reasons.items())[:NAMES_SHOWN]]
     if len(reasons) > NAMES_SHOWN:
         lines.append(f"  ... and {len(reasons) - NAMES_SHOWN} more")
-    summary = f"{len(reasons)} of {total} files in {place} are not readable images"
+    summary = f"{len(reasons)} of {total} {kind} in {place} {fault}"
     if bad_files == "error":
         lines.append("remove them, or leave them out with data.bad_files=skip (--bad-files skip)")
         raise ValueError("\n".join([f"{summary}:", *lines]))

@@ -1,6 +1,7 @@
 """From the configuration to the data, the loader and the model of segmentation and detection."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,47 +96,50 @@ def open_boxes(config: DetectionConfig, training: bool, class_names: Names | Non
     return dataset.first(data.train_samples if training else data.val_samples)
 
 
-def mask_loader(dataset: MaskData, config: SegmentationConfig, training: bool, **shares: Any) -> DenseLoader:
+def mask_loader(
+    dataset: MaskData, preprocessing: Preprocessing, config: SegmentationConfig, training: bool, **shares: Any
+) -> DenseLoader:
     """Builds the loader of :func:`open_masks`'s data; ``shares`` are the device and this process's place."""
     return make_dense_loader(
         dataset,
         _batch_size(config.data, training),
         training,
-        _mask_transform(config, training),
+        _mask_transform(config, training, preprocessing.mean),
         seed=config.seed,
         workers=config.data.workers,
         **shares,
     )
 
 
-def _mask_transform(config: SegmentationConfig, training: bool) -> DenseTransform | None:
+def _mask_transform(config: SegmentationConfig, training: bool, mean: Sequence[float]) -> DenseTransform | None:
     augment, size = config.augment, config.data.img_size
     if training:
-        least, largest = augment.scale
+        scale = tuple(augment.scale)
         return segmentation_augment(
-            config.crop_size, size, (least, largest), augment.cat_max_ratio, augment.flip, augment.distort
+            config.crop_size, size, scale, augment.cat_max_ratio, augment.flip, augment.distort, mean
         )
     return None if config.data.name == "fashion_scenes" else segmentation_resize(size)  # scenes have the size
 
 
-def box_loader(dataset: BoxData, config: DetectionConfig, training: bool, **shares: Any) -> DenseLoader:
+def box_loader(
+    dataset: BoxData, preprocessing: Preprocessing, config: DetectionConfig, training: bool, **shares: Any
+) -> DenseLoader:
     """Builds the loader of :func:`open_boxes`'s data, likewise."""
     return make_dense_loader(
         dataset,
         _batch_size(config.data, training),
         training,
-        _box_transform(config) if training else None,
+        _box_transform(config, preprocessing.mean) if training else None,
         seed=config.seed,
         workers=config.data.workers,
         **shares,
     )
 
 
-def _box_transform(config: DetectionConfig) -> DenseTransform | None:
+def _box_transform(config: DetectionConfig, mean: Sequence[float]) -> DenseTransform | None:
     augment = config.augment
     if augment.jitter:
-        least, largest = augment.jitter
-        return large_scale_jitter(config.data.max_size, (least, largest), augment.flip)
+        return large_scale_jitter(config.data.max_size, tuple(augment.jitter), augment.flip, mean)
     return box_flip(augment.flip) if augment.flip else None
 
 

@@ -10,6 +10,7 @@ In the run's folder::
 
 import csv
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,20 +216,12 @@ def class_iou_rows(scores: SegmentationScores, class_names: Sequence[str]) -> li
 
 def class_ap_rows(scores: DetectionScores, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Number of objects and average precision of every class in percent; empty where there are none."""
-    metric = scores.metric
-    metric.class_metrics = True
-    metric.update([], [])  # else it would return the result that it remembers, which is not by class
-    found = metric.compute()
-    labels = torch.cat([labels.flatten() for labels in metric.groundtruth_labels]) if metric.groundtruth_labels else []
+    found = scores.class_scores()
     rows = []
     for label, name in enumerate(class_names):
-        row = {"class": name, "objects": int((labels == label).sum())}
-        place = (found["classes"].reshape(-1) == label).nonzero().flatten()
-        for kind, ours in scores.kinds.items():
-            prefix = f"{kind}_" if len(scores.kinds) > 1 else ""
-            value = found[f"{prefix}map_per_class"].reshape(-1)[place] if len(place) else torch.tensor([-1.0])
-            row[f"{ours}_ap"] = _percent(float(value[0]) if value[0] >= 0 else float("nan"))
-        rows.append(row)
+        own = found.get(label, {})
+        precisions = {f"{kind}_ap": _percent(own.get(f"{kind}_ap", math.nan)) for kind in scores.kinds.values()}
+        rows.append({"class": name, "objects": own.get("objects", 0), **precisions})
     return rows
 
 

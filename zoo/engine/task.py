@@ -1,7 +1,7 @@
 """What a task adds to the training loop: its data, its model, its loss, its scores, its pictures.
 
-A task is one file in ``zoo/engine/tasks`` with a class that :func:`register_task` names, and its settings in
-``zoo/config``. The loop in :mod:`zoo.engine.loop` knows nothing else of it.
+A task is one file in ``zoo/engine/tasks``, of the task's name, with a class that :func:`register_task` names, and its
+settings in ``zoo/config``. The loop in :mod:`zoo.engine.loop` knows nothing else of it.
 """
 
 import importlib
@@ -189,8 +189,9 @@ def find_task(name: str) -> type[Task]:
     """
     import zoo.engine.tasks as package
 
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        importlib.import_module(module.name)
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known are: {', '.join(sorted(TASKS))}")
+    if name not in TASKS:  # the others are not imported: what they need may be missing
+        known = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+        if name not in known:
+            raise ValueError(f"unknown task {name!r}; known are: {', '.join(known)}")
+        importlib.import_module(f"{package.__name__}.{name}")
     return TASKS[name]

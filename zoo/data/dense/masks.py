@@ -121,7 +121,7 @@ def open_segmentation(
     problems |= {masks[key]: "it is the mask of no image" for key in masks if key not in images}
     problems |= {images[keys[number]]: reason for number, reason in reasons.items()}
     problems = {str(path.relative_to(root)): reason for path, reason in problems.items()}
-    report_bad_files(problems, len(images.keys() | masks.keys()), root, bad_files)
+    report_bad_files(problems, len(images.keys() | masks.keys()), root, bad_files, "images", "cannot be used")
     good = [(key, *facts) for key, facts in zip(keys, found, strict=True) if facts is not None]
     if not good:
         raise ValueError(f"{root} has no image with a mask in the split {split!r}")

@@ -39,8 +39,8 @@ class Detection(Task):
             columns = ("mask_ap", "mask_ap50", "mask_ap75")
             self.columns = (*self.columns, *columns)
             self.panels = {**self.panels, "average precision of masks (%)": columns}
-        self.train_loader = box_loader(self.train_data, config, training=True, **place.shares)
-        self.val_loader = box_loader(self.val_data, config, training=False, **place.shares)
+        self.train_loader = box_loader(self.train_data, self.card.preprocessing, config, training=True, **place.shares)
+        self.val_loader = box_loader(self.val_data, self.card.preprocessing, config, training=False, **place.shares)
 
     @staticmethod
     def create_model(card: ModelCard) -> nn.Module:
@@ -72,7 +72,8 @@ class Detection(Task):
         return ["classes.csv", "predictions.png"]
 
     def report(self, model: nn.Module, weights: Path, attempt: Callable[[str, Callable[[], None]], None]) -> None:
-        loader = box_loader(self.val_data, self.config, training=False, device=self.place.device)  # all images
+        every, preprocessing = {"training": False, "device": self.place.device}, self.card.preprocessing
+        loader = box_loader(self.val_data, preprocessing, self.config, **every)  # all images, not a share of them
         gallery = Gallery(len(self.val_data))
         found, scores = evaluate_detection(model, loader, self.config.precision, gallery)
         card, names, output = read_card(weights), self.card.shown_names, Path(self.config.output)

@@ -37,8 +37,8 @@ class Segmentation(Task):
         if place.world_size > 1 and place.device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.normalize = Normalize(self.model.mean, self.model.std).to(place.device)
-        self.train_loader = mask_loader(self.train_data, config, training=True, **place.shares)
-        self.val_loader = mask_loader(self.val_data, config, training=False, **place.shares)
+        self.train_loader = mask_loader(self.train_data, self.card.preprocessing, config, training=True, **place.shares)
+        self.val_loader = mask_loader(self.val_data, self.card.preprocessing, config, training=False, **place.shares)
 
     @staticmethod
     def create_model(card: ModelCard) -> nn.Module:
@@ -68,7 +68,8 @@ class Segmentation(Task):
         return ["classes.csv", "predictions.png", *(["confusion.png"] if can_draw() else [])]
 
     def report(self, model: nn.Module, weights: Path, attempt: Callable[[str, Callable[[], None]], None]) -> None:
-        loader = mask_loader(self.val_data, self.config, training=False, device=self.place.device)  # all images
+        every, preprocessing = {"training": False, "device": self.place.device}, self.card.preprocessing
+        loader = mask_loader(self.val_data, preprocessing, self.config, **every)  # all images, not a share of them
         gallery = Gallery(len(self.val_data))
         found, scores = evaluate_segmentation(model, self.card, loader, self.config, gallery)
         card, names, output = read_card(weights), self.card.shown_names, Path(self.config.output)
