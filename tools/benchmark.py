@@ -7,6 +7,7 @@
     python -m zoo.tools.benchmark models --models vim_tiny_patch16_224 deit_tiny_patch16_224 --img-size 224 512 1248 \\
         --batch-size 256 64 8 --mode infer train latency --cuda-graph --json models.json --plot models.png
     python -m zoo.tools.benchmark loader --workers 0 4 --auto-augment rand-m9-mstd0.5-inc1
+    python -m zoo.tools.benchmark decoding --contexts 1024 4096 16384 --json decoding.json --plot decoding.png
 
 Every time is the median of several runs after a warm-up, and all rows of one table come from the same run. Peers of ops
 are measured when they are installed: the step-by-step recurrence everybody writes first (always, on CPUs), mambapy's
@@ -26,10 +27,10 @@ import torch
 
 import zoo
 from zoo.kernels import backend
-from zoo.tools.benchmarks import loader, models, ops
+from zoo.tools.benchmarks import decoding, loader, models, ops
 from zoo.tools.benchmarks.measure import Machine
 
-SUBJECTS = {"ops": ops, "models": models, "loader": loader}
+SUBJECTS = {"ops": ops, "models": models, "loader": loader, "decoding": decoding}
 
 
 def environment(machine: Machine, arguments: Sequence[str]) -> dict[str, str]:
