@@ -187,7 +187,7 @@ def test_voc(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no list of images .*train\.txt; found in .*: val\.txt"):
         open_segmentation("voc", tmp_path, "train")
     (lists / "val.txt").write_text("2007_000032\n2007_999999\n")
-    with pytest.raises(ValueError, match=r"1 of 2 files .*\n.*2007_999999\.jpg: there is no file .*2007_999999"):
+    with pytest.raises(ValueError, match=r"1 of 2 images .*\n.*2007_999999\.jpg: there is no file .*2007_999999"):
         open_segmentation("voc", tmp_path, "val")
 
 
@@ -229,7 +229,7 @@ def test_labels_beyond_the_classes(mask_folder, caplog):
     bad = labels(24, 30)
     bad[0, :2] = 57, 60
     save(mask_folder / "masks/train/4.png", bad)
-    message = r"1 of 6 files .*\n.*4\.jpg: the mask .*4\.png has the labels \[57, 60\], .*4 classes \(values 0 to 3\)"
+    message = r"1 of 6 images .*\n.*4\.jpg: the mask .*4\.png has the labels \[57, 60\], .*4 classes \(values 0 to 3\)"
     with pytest.raises(ValueError, match=message):
         open_segmentation("folder", mask_folder, "train")
     data = open_segmentation("folder", mask_folder, "train", bad_files="skip")
@@ -258,7 +258,7 @@ def test_missing_and_damaged_files_are_listed(mask_folder, caplog):
     with pytest.raises(ValueError) as error:
         open_segmentation("folder", mask_folder, "train")
     text = str(error.value)
-    assert text.startswith("5 of 6 files")
+    assert text.startswith("5 of 6 images")
     for name, reason in {
         "images/train/0.jpg": "it has no mask",
         "masks/train/1.png": "it is the mask of no image",
@@ -269,7 +269,7 @@ def test_missing_and_damaged_files_are_listed(mask_folder, caplog):
         assert any(name in line and reason in line for line in text.splitlines()), (name, text)
     data = open_segmentation("folder", mask_folder, "train", bad_files="skip")
     assert [path.name for path in data.images] == ["5.jpg"]
-    assert "5 of 6 files" in caplog.text
+    assert "5 of 6 images" in caplog.text
     (mask_folder / "masks/train/5.png").unlink()
     with pytest.raises(ValueError, match="no image with a mask in the split 'train'"):
         open_segmentation("folder", mask_folder, "train", bad_files="skip")
