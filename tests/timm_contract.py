@@ -41,9 +41,18 @@ IMPOSSIBLE = {  # (test, pattern of models): why it has to fail
         "the test wants pooled features as wide as tokens; the published feature joins those of all registers"
     ),
 }
+BLOCK = 1_000_003  # a prime, so that rows of a matrix differ
+LARGE = 500e6  # parameters: tests of a further form of such a model take minutes
+FURTHER_FORMS = {
+    "test_model_backward_fx",
+    "test_model_forward_fx",
+    "test_model_forward_fx_torchscript",
+    "test_model_forward_intermediates_features",
+    "test_model_forward_torchscript",
+}
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 OURS = frozenset(zoo.list_models())
-MAX_PRUNED = 130e6  # parameters times features: minutes for what smaller models of the family show in seconds
+MAX_PRUNED = 60e6  # parameters times features: minutes for what smaller models of the family show in seconds
 
 
 def source_folder() -> Path:
@@ -145,8 +154,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--contract-report", type=Path, help="file for the table of outcomes")
 
 
+draw_uniform = torch.Tensor.uniform_
+
+
+def uniform_in_blocks(self: torch.Tensor, *args: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Stands in for ``Tensor.uniform_``: repeats a block of random numbers, as to draw 740 million takes seconds."""
+    if self.is_meta or self.numel() <= BLOCK or not self.is_contiguous():
+        return draw_uniform(self, *args, generator=generator)
+    block, flat = draw_uniform(self.new_empty(BLOCK), *args, generator=generator), self.detach().view(-1)
+    for part in flat.split(BLOCK):
+        part.copy_(block[: len(part)])
+    return self
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # one process per core is fast; threads that wait for each other are not
+    torch.Tensor.uniform_ = uniform_in_blocks
     timm.list_models = list_our_models
     timm.list_pretrained = lambda *args, **kwargs: []
     torch.jit.script = Traced
@@ -169,8 +192,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     if "torchscript" in item.originalname:
         forget_traces()
-    if hasattr(LIBC, "malloc_trim"):  # glibc keeps what a large model needed, and two processes share the memory
-        LIBC.malloc_trim(0)
+    if size_of(model_of(item))[0] > LARGE / 2 and hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)  # glibc keeps what a large model needed, and two processes share the memory
 
 
 def forget_traces() -> None:
@@ -185,6 +208,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     parameters, features = size_of(model_of(item))
     if test == "test_prune_intermediate_layers_contract" and parameters * features > MAX_PRUNED:
         pytest.skip("prunes a large model at every feature, which takes minutes; timm's CI leaves this test out")
+    if test in FURTHER_FORMS and parameters > LARGE:
+        pytest.skip("takes minutes for 740 M parameters; smaller models of the family show the same")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if "default_cfgs" not in test and 10 * parameters > 0.75 * memory_in_bytes() / workers:  # weights and gradients
         pytest.skip("weights and gradients do not fit into this machine's memory beside the other processes'")

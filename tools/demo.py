@@ -5,11 +5,19 @@
     python -m zoo.tools.demo --short                                a few epochs, to see that everything works
 
 Run again, it finds the finished run and only draws; after an interruption it continues where it was.
+
+With --serve it trains nothing, and shows models on a web page for this machine instead: classes and where the evidence
+for them lies, segments and objects, answers to questions.
+
+    python -m zoo.tools.demo --serve                                the packaged model, on http://127.0.0.1:7860
+    python -m zoo.tools.demo --serve --segmenter runs/streets --detector runs/parts --vlm runs/my_vlm
 """
 
 import argparse
 import logging
 import sys
+import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +29,7 @@ from zoo.engine import TrainResult, load_trained, train
 from zoo.engine.figures import draw_confusion
 from zoo.optional import require
 from zoo.plots import plot_images
+from zoo.tools.arguments import positive
 
 RECIPES = {"digits": "vim/micro_digits", "fashion_mnist": "vim/nano_fashion_mnist"}
 SHORT = {
@@ -37,6 +46,11 @@ SHORT = {
     ],
 }
 SHOWN = 40
+PACKAGED = "vim_nano.fashion_mnist"
+TASKS = {"classifier": "classification", "segmenter": "segmentation", "detector": "detection"}
+HOST = "127.0.0.1"
+FOR_TRAINING, FOR_SERVING = ("data", "output", "short"), ("classifier", "segmenter", "detector", "vlm")
+FOR_SERVING += ("checkpoint", "tokenizer", "device", "host", "port")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,21 +58,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m zoo.tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", choices=tuple(RECIPES), default="digits", help="default digits")
+    parser.add_argument("--data", choices=tuple(RECIPES), help="default digits")
     parser.add_argument("--output", help="folder for the run and the pictures; default runs/demo_<data>")
     parser.add_argument("--short", action="store_true", help="train a few epochs only, in the sub-folder short")
+    page = parser.add_argument_group("web page", "runs are given by their folders or .safetensors files")
+    page.add_argument("--serve", action="store_true", help="show models on a web page until Control-C")
+    page.add_argument("--classifier", help=f"run or name of a model; default {PACKAGED}, which is part of the package")
+    page.add_argument("--segmenter", help="run of a segmentor")
+    page.add_argument("--detector", help="run of a detector")
+    page.add_argument("--vlm", help="run or name of a vision-language model")
+    page.add_argument("--checkpoint", help="weights of a published vision-language model")
+    page.add_argument("--tokenizer", help="folder of its tokenizer; default gets it from the hub")
+    page.add_argument("--device", help="default: GPU if any")
+    page.add_argument("--host", help=f"address to listen on; default {HOST}, which other machines do not reach")
+    page.add_argument("--port", type=positive, help="default the first free one from 7860 on")
     options = parser.parse_args(arguments)
+    foreign = FOR_TRAINING if options.serve else FOR_SERVING
+    given = [name for name in foreign if getattr(options, name)]
+    if given:
+        parser.error(f"--{given[0]} goes {'without' if options.serve else 'with'} --serve")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    output = Path(options.output or f"runs/demo_{options.data}")
+    return _serve(options) if options.serve else _train(options)
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Trains the demo's model, or finds it trained, and draws."""
+    data = options.data or "digits"
+    output = Path(options.output or f"runs/demo_{data}")
     output = output / "short" if options.short else output
-    if options.data == "digits":
+    if data == "digits":
         torch.set_num_threads(1)  # batches so small gain nothing from more threads, and lose a lot on a busy machine
     try:
-        overrides = [f"output={output}", "resume=auto", *(SHORT[options.data] if options.short else [])]
+        overrides = [f"output={output}", "resume=auto", *(SHORT[data] if options.short else [])]
         if not torch.cuda.is_available():
             overrides.append("precision=fp32")
-        config = load_config(RECIPES[options.data], overrides)
-        print(f"Training {config.model.name} on {options.data} for {config.optim.epochs} epochs; files go to {output}")
+        config = load_config(RECIPES[data], overrides)
+        print(f"Training {config.model.name} on {data} for {config.optim.epochs} epochs; files go to {output}")
         result = train(config)
         if not result.trained:
             print("This run was finished before: nothing to train, drawing only. (Remove the folder to train again.)")
@@ -76,6 +111,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (output / name).exists():
             print(f"  {output / name}")
     return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    """Shows models on a web page until it is interrupted."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    models = {name: getattr(options, name) for name in TASKS}
+    models["classifier"] = models["classifier"] or PACKAGED
+    try:
+        from zoo.assistant import Assistant  # heads are slow to import
+        from zoo.web import create_page, draw_clothes, load_for, serve
+
+        loaded = {name: load_for(TASKS[name], model, device) for name, model in models.items() if model}
+        if options.vlm:
+            loaded["assistant"] = Assistant.load(options.vlm, options.checkpoint, options.tokenizer, device)
+        with tempfile.TemporaryDirectory() as folder:
+            examples = draw_clothes(Path(folder)) if models["classifier"] == PACKAGED else []
+            page = create_page(**loaded, examples=examples)
+            print(f"Open {serve(page, options.host or HOST, options.port)} in a browser; Control-C ends this")
+            try:
+                threading.Event().wait()
+            finally:
+                page.close(verbose=False)
+    except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
 
 
 def draw(config: ClassificationConfig, result: TrainResult) -> tuple[float, int]:

@@ -9,6 +9,7 @@ What a model has read is a state of fixed size, if its decoder is recurrent: it 
 the same images, and can be kept in a file.
 """
 
+import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -228,8 +229,7 @@ class Assistant:
 
     def another(self) -> "Assistant":
         """An assistant of the same model, with images and a conversation of its own, none at first."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.look([])
         return other
 

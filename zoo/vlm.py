@@ -2,6 +2,7 @@
 
     model = create_vlm("cobra_3b", checkpoint_path="latest-checkpoint.pt")
     model = create_vlm(vision="vim_tiny_patch16_224", connector="mlp_connector", language=MambaConfig(...))
+    trained = load_vlm("runs/vlm_nano_fashion_scenes")
 
 Named models are as published: Cobra (arXiv 2403.14520), ML-Mamba (arXiv 2407.19832) and VL-Mamba (arXiv 2403.13600,
 whose connector is known from the paper alone).
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from zoo.factory import create_model
 from zoo.heads.registry import create_head, list_heads
 from zoo.heads.vlm import (
+    ChatFormat,
     DecoderState,
     VisionEncoder,
     VisionLanguageModel,
@@ -32,7 +34,9 @@ from zoo.weights import load_checkpoint, load_into, save_weights
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["create_vlm", "list_vlms", "load_state", "load_vlm_checkpoint", "save_state"]
+    from zoo.engine.checkpoint import ModelCard
+
+__all__ = ["TrainedVLM", "create_vlm", "list_vlms", "load_state", "load_vlm", "load_vlm_checkpoint", "save_state"]
 
 DINO, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384.webli"
 IMG_SIZE = 384  # pixels, in all published models
@@ -169,6 +173,53 @@ def load_vlm_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path} holds no weights")
     return tensors
+
+
+@dataclass(frozen=True)
+class TrainedVLM:
+    """A vision-language model that this package trained, and what is needed to talk to it.
+
+    Attributes:
+        model: The model, in evaluation mode; adapters are merged into its weights.
+        tokenizer: See :mod:`zoo.data.chat_tokenizers`; an answer ends with its ``eos_token_id``.
+        chat_format: How conversations are written.
+        image_size: Height and width of images in pixels.
+        image_token_id: Token where images stand in the text; None: they come before the text.
+        card: All that is known of the model; its ``preprocessing`` says how images are resized.
+    """
+
+    model: VisionLanguageModel
+    tokenizer: Any
+    chat_format: ChatFormat
+    image_size: tuple[int, int]
+    image_token_id: int | None
+    card: "ModelCard"
+
+
+def load_vlm(path: str | Path, device: torch.device | str | None = None) -> TrainedVLM:
+    """Loads a vision-language model that this package trained.
+
+    Args:
+        path: A run's folder, for its best weights, or a ``.safetensors`` file.
+        device: Where the model goes; default the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or of something else.
+        ModuleNotFoundError: If transformers is not installed, or peft for a model with adapters.
+    """
+    from zoo.data.chat_tokenizers import restore_tokenizer
+    from zoo.engine.checkpoint import load_trained, read_card
+    from zoo.engine.vlm_adapters import merge_adapters
+
+    file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+    card = read_card(file)
+    if card.task != "vlm":
+        raise ValueError(f"{file} was trained for {card.task}; it is no vision-language model")
+    model = merge_adapters(load_trained(file, device or "cpu")[0])
+    tokenizer = restore_tokenizer(card.kwargs["tokenizer"])
+    chat_format = ChatFormat(**card.kwargs["chat_format"])
+    return TrainedVLM(model, tokenizer, chat_format, tuple(card.preprocessing.size), model.image_token_id, card)
 
 
 def save_state(state: DecoderState, path: str | Path) -> None:

@@ -260,6 +260,10 @@ class VisionLanguageModel(nn.Module):
             module = getattr(self, part)
             if module is not None:
                 module.eval()
+        if "language_model" in self.frozen:  # whose layers look at this when they are to recompute
+            for layer in self.language_model.modules():
+                if getattr(layer, "gradient_checkpointing", False):
+                    layer.training = mode
         return self
 
     def parameter_groups(self, lr: float | Mapping[str, float], weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -291,11 +295,14 @@ class VisionLanguageModel(nn.Module):
         return {name for name, parameter in self.named_parameters() if not _decays(name, parameter)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the decoder's layers in the backward instead of keeping their activations."""
+        """Recomputes the layers of decoder and vision models in the backward instead of keeping their activations."""
         if enable:
             self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.language_model.gradient_checkpointing_disable()
+        for tower in [] if self.vision is None else self.vision.towers:
+            tower.set_grad_checkpointing(enable)
+        self.train(self.training)
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:

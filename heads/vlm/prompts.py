@@ -5,7 +5,7 @@ are tokenized one by one, so that answers begin and end at tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from zoo.heads.vlm.sequence import IGNORED, PaddingSide
 
-__all__ = ["CHAT_FORMATS", "ChatFormat", "collate", "encode_conversation", "padding_token"]
+__all__ = ["CHAT_FORMATS", "ChatFormat", "chat_format_ending_with", "collate", "encode_conversation", "padding_token"]
+
+END = "<|endoftext|>"  # in the formats below
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,20 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
     # for decoders that have not been tuned to chat
     "plain": ChatFormat("In: {text}\nOut: ", "{text}<|endoftext|>"),
 }
+
+
+def chat_format_ending_with(name: str, end: str) -> ChatFormat:
+    """A chat format for tokenizers with another end of text.
+
+    Args:
+        name: One of :data:`CHAT_FORMATS`.
+        end: What takes the place of ``<|endoftext|>``, a tokenizer's ``eos_token``.
+
+    Raises:
+        ValueError: If the format is not known.
+    """
+    chat_format = _find_format(name)
+    return ChatFormat(*(text.replace(END, end) for text in astuple(chat_format)))
 
 
 def encode_conversation(
@@ -65,9 +81,7 @@ def encode_conversation(
     if (image_placeholder is None) != (image_token_id is None):
         raise ValueError("image_placeholder and image_token_id belong together; give both or none")
     if isinstance(chat_format, str):
-        if chat_format not in CHAT_FORMATS:
-            raise ValueError(f"there is no chat format {chat_format!r}; there are {', '.join(CHAT_FORMATS)}")
-        chat_format = CHAT_FORMATS[chat_format]
+        chat_format = _find_format(chat_format)
     ids, labels = [], []
     for number, (question, answer) in enumerate(turns):
         if answer is None and number < len(turns) - 1:
@@ -134,6 +148,12 @@ def padding_token(tokenizer: Any) -> int:
     raise ValueError(
         f"{type(tokenizer).__name__} has neither a padding token nor an end-of-text token; set tokenizer.pad_token"
     )
+
+
+def _find_format(name: str) -> ChatFormat:
+    if name not in CHAT_FORMATS:
+        raise ValueError(f"there is no chat format {name!r}; there are {', '.join(CHAT_FORMATS)}")
+    return CHAT_FORMATS[name]
 
 
 def _encode(

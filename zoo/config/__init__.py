@@ -22,6 +22,15 @@ from zoo.config.segmentation import (
     SegmentationModelConfig,
 )
 from zoo.config.settings import ModelConfig, OptimConfig, TrainConfig
+from zoo.config.vlm import (
+    LoraConfig,
+    VlmAugmentConfig,
+    VlmConfig,
+    VlmDataConfig,
+    VlmEvaluationConfig,
+    VlmModelConfig,
+    VlmOptimConfig,
+)
 
 __all__ = [
     "AugmentConfig",
@@ -38,6 +47,7 @@ __all__ = [
     "DetectionDataConfig",
     "DetectionModelConfig",
     "DistillConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "SegmentationAugmentConfig",
@@ -46,6 +56,12 @@ __all__ = [
     "SegmentationInferenceConfig",
     "SegmentationModelConfig",
     "TrainConfig",
+    "VlmAugmentConfig",
+    "VlmConfig",
+    "VlmDataConfig",
+    "VlmEvaluationConfig",
+    "VlmModelConfig",
+    "VlmOptimConfig",
     "ZeroShotConfig",
     "find_config",
     "list_configs",

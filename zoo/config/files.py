@@ -13,6 +13,7 @@ from zoo.config.clip import ClipConfig
 from zoo.config.detection import DetectionConfig
 from zoo.config.segmentation import SegmentationConfig
 from zoo.config.settings import TrainConfig
+from zoo.config.vlm import VlmConfig
 from zoo.optional import require
 
 __all__ = ["SCHEMAS", "find_config", "list_configs", "load_config", "save_config"]
@@ -22,6 +23,7 @@ SCHEMAS: dict[str, type[TrainConfig]] = {
     "clip": ClipConfig,
     "detection": DetectionConfig,
     "segmentation": SegmentationConfig,
+    "vlm": VlmConfig,
 }
 FREE_FORM = "kwargs."  # within such a section: whatever a constructor takes
 

@@ -95,6 +95,11 @@ class OptimConfig:
         require_range("optim.cooldown_epochs", self.cooldown_epochs, 0, self.epochs - max(self.warmup_epochs, 1))
         require_range("optim.grad_accum", self.grad_accum, 1)
 
+    @property
+    def part_lr(self) -> dict[str, float]:
+        """Peak learning rates of the model's parts, by their names, if they have their own."""
+        return {}
+
 
 @dataclass
 class TrainConfig:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import zoo
-from zoo.config import ClassificationConfig, TrainConfig
+from zoo.config import ClassificationConfig, OptimConfig, TrainConfig
 from zoo.data import TensorData, resolve_preprocessing
 from zoo.engine.checkpoint import ModelCard
 from zoo.weights import checkpoint_filter
@@ -127,7 +127,7 @@ def build_optimizer(
     optim, factor = config.optim, lr_factor(config, world_size)
     lr = factor * optim.lr
     optimizer = create_optimizer_v2(
-        model,
+        _with_rates(model, optim),
         opt=optim.name,
         lr=lr,
         weight_decay=optim.weight_decay,
@@ -147,6 +147,17 @@ def build_optimizer(
         updates_per_epoch=updates,
     )
     return optimizer, scheduler
+
+
+def _with_rates(model: nn.Module, optim: OptimConfig) -> nn.Module | list[dict[str, Any]]:
+    """The model, or the groups of its parameters where parts have learning rates of their own, in proportion to all."""
+    if not optim.part_lr:
+        return model
+    proportions = {part: lr / optim.lr for part, lr in optim.part_lr.items()}
+    groups = model.parameter_groups(proportions, optim.weight_decay)
+    for group in groups:
+        group["lr_scale"] = group.pop("lr")  # by which the schedule multiplies its rates
+    return groups
 
 
 def _start_from(model: nn.Module, path: str) -> None:

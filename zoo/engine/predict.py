@@ -2,12 +2,14 @@
 
 import csv
 import glob
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
@@ -15,10 +17,15 @@ import zoo
 from zoo.config import DataConfig, TrainConfig, load_config
 from zoo.data import Normalize, image_transform, report_bad_files, resolve_preprocessing, why_unreadable
 from zoo.engine.checkpoint import ModelCard, load_trained
+from zoo.files import replacing
 from zoo.plots import plot_images
+
+if TYPE_CHECKING:
+    from zoo.assistant import Assistant
 
 __all__ = [
     "Prediction",
+    "answer_into",
     "classify_into",
     "find_images",
     "load_any",
@@ -27,6 +34,9 @@ __all__ = [
     "settings_beside",
     "write_predictions",
 ]
+
+CAPTION_WIDTH, CAPTION_LINES = 20, 3  # characters and lines of an answer above an image
+ANSWERED_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -211,6 +221,61 @@ def classify_into(
     return summary
 
 
+def answer_into(
+    output: Path,
+    assistant: "Assistant",
+    files: Sequence[Path],
+    questions: Sequence[str],
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    shown: int = 64,
+) -> str:
+    """Asks questions about every image file, writes the answers and a sheet of images with those to the first question.
+
+    Args:
+        output: Folder for ``predictions.csv``, with the columns file, question, answer, and ``predictions.png``.
+        assistant: A vision-language model.
+        files: Readable images, see :func:`find_images`.
+        questions: The questions, each of which is asked on its own.
+        batch_size: Questions at a time.
+        max_new_tokens: Longest answer.
+        shown: Largest number of images on the sheet.
+
+    Returns:
+        A line that sums it up.
+
+    Raises:
+        ValueError: If a question does not fit the model, see :meth:`zoo.assistant.Assistant.ask`.
+    """
+    rows = [(file, question) for file in files for question in questions]
+    answers = assistant.answer(*zip(*rows, strict=True), batch_size=batch_size, max_new_tokens=max_new_tokens)
+    path = output / "predictions.csv"
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "question", "answer"])
+        writer.writerows([*row, answer] for row, answer in zip(rows, answers, strict=True))
+    drawn = files[:shown]
+    first = answers[:: len(questions)]
+    plot_images(
+        [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in drawn],
+        [_caption(answer) for answer in first[: len(drawn)]],
+        [None] * len(drawn),
+        output / "predictions.png",
+        _plain(textwrap.shorten(questions[0], 80)) + (f" (the first {len(drawn)})" if len(drawn) < len(files) else ""),
+        ANSWERED_COLUMNS,
+    )
+    return f"{len(answers)} answers about {len(files)} images"
+
+
+def _caption(answer: str) -> str:
+    return _plain("\n".join(textwrap.wrap(answer, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder="...")))
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
+
+
 def predict_into(
     output: Path,
     model: nn.Module,
@@ -235,6 +300,9 @@ def predict_into(
 
     Returns:
         A line that sums it up.
+
+    Raises:
+        ValueError: If the task is another one.
     """
     from zoo.engine.dense_predict import detect_into, segment_into  # heads are slow to import
 
@@ -242,4 +310,6 @@ def predict_into(
         return segment_into(output, model, card, files, settings.inference if settings else None, shown)
     if card.task == "detection":
         return detect_into(output, model, card, files, batch_size or 8, threshold, shown)
+    if card.task != "classification":
+        raise ValueError(f"{card.model} is trained for {card.task}, which has nothing to predict for images alone")
     return classify_into(output, model, card, files, batch_size or 64, shown)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
-from zoo.config import DataConfig, DetectionConfig, SegmentationConfig, TrainConfig
+from zoo.config import DataConfig, DetectionConfig, SegmentationConfig, TrainConfig, VlmConfig
 from zoo.data import Normalize, make_loader, open_split
 from zoo.engine.checkpoint import ModelCard
 from zoo.engine.evaluate import Evaluation, evaluate
 
 __all__ = ["result_row", "scores_row", "validate", "write_results"]
 
+ELSEWHERE = "; python -m zoo.tools.zero_shot evaluates towers of images and texts"
 Row = dict[str, str | int | float | None]
 
 
@@ -27,16 +28,21 @@ def scores_row(model: nn.Module, card: ModelCard, config: TrainConfig) -> Row:
 
     Returns:
         The scores in percent and what was evaluated: timm's columns for classification, ``miou``, ``macc`` and ``aacc``
-        for segmentation, COCO's ``box_ap``, ``mask_ap`` and others for detection, None where nothing was to be found.
+        for segmentation, COCO's ``box_ap``, ``mask_ap`` and others for detection, None where nothing was to be found,
+        ``accuracy`` and others of answers for vision-language models.
 
     Raises:
         FileNotFoundError: If the data is not there.
-        ValueError: If its classes are not the model's.
+        ValueError: If its classes are not the model's, or its task is another one.
     """
     if card.task == "segmentation":
         return _segmentation_row(model, card, config)
     if card.task == "detection":
         return _detection_row(model, card, config)
+    if card.task == "vlm":
+        return _vlm_row(model, card, config)
+    if card.task != "classification":
+        raise ValueError(f"{card.model} is trained for {card.task}, whose scores are not found here{ELSEWHERE}")
     return result_row(model, card, validate(model, card, config.data, config.precision))
 
 
@@ -80,7 +86,7 @@ def _segmentation_row(model: nn.Module, card: ModelCard, config: SegmentationCon
     from zoo.engine.dense_evaluate import evaluate_segmentation
 
     dataset = open_masks(config, training=False, class_names=card.class_names)
-    loader = mask_loader(dataset, config, training=False, device=next(model.parameters()).device)
+    loader = mask_loader(dataset, card.preprocessing, config, training=False, device=next(model.parameters()).device)
     scores, _ = evaluate_segmentation(model, card, loader, config)
     return _dense_row(model, card, {"img_size": config.data.img_size, "inference": config.inference.mode, **scores})
 
@@ -90,10 +96,22 @@ def _detection_row(model: nn.Module, card: ModelCard, config: DetectionConfig) -
     from zoo.engine.dense_evaluate import evaluate_detection
 
     dataset = open_boxes(config, training=False, class_names=card.class_names)
-    loader = box_loader(dataset, config, training=False, device=next(model.parameters()).device)
+    loader = box_loader(dataset, card.preprocessing, config, training=False, device=next(model.parameters()).device)
     scores, _ = evaluate_detection(model, loader, config.precision)
     min_size, max_size = card.preprocessing.size
     return _dense_row(model, card, {"min_size": min_size, "max_size": max_size, **scores})
+
+
+def _vlm_row(model: nn.Module, card: ModelCard, config: VlmConfig) -> Row:
+    from zoo.data.conversations import open_split as open_conversations
+    from zoo.engine.vlm_build import encoder_of
+    from zoo.engine.vlm_evaluate import VlmValidation
+
+    encoder = encoder_of(model, card, config.data.max_tokens)
+    validation = VlmValidation(config, card, encoder, open_conversations(config.data, training=False))
+    scores = validation.scores(model, device=next(model.parameters()).device)
+    rounded = {name: round(value, 4) for name, value in scores.items()}
+    return {"model": card.model, "img_size": card.preprocessing.size[-1], **rounded, "param_count": _millions(model)}
 
 
 def _dense_row(model: nn.Module, card: ModelCard, found: Row) -> Row:
