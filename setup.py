@@ -53,7 +53,7 @@ EXTRAS = {
     ],
     "vlm": ["open-clip-torch>=2.30", "peft>=0.13", "transformers>=5.19"],
     "explain": ["grad-cam>=1.5", "matplotlib>=3.8"],
-    "web": ["gradio>=6.0", "matplotlib>=3.8"],
+    "web": ["gradio>=6.31", "matplotlib>=3.8"],
     "cpu": ["numba>=0.60"],  # compiled loops: scans on CPUs are several times faster
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.7"],
 }
