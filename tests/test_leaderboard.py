@@ -1,6 +1,7 @@
 """The leaderboard: its recipe fits every small model, and its table says what the runs did."""
 
 import csv
+import json
 import shlex
 
 import numpy as np
@@ -128,6 +129,32 @@ def test_mistakes_are_named(runs, tmp_path, capsys):
     assert leaderboard.main([str(runs / "plain_mamba_nano")] * 2 + table) == 1
     assert "several runs have the same settings: python -m zoo.tools.train" in capsys.readouterr().err
     assert not (tmp_path / "table.csv").exists()
+
+
+def test_seeds_share_a_row(runs, tmp_path):
+    """Two seeds of one model beside a single run of another: mean, deviation and which seeds they were."""
+    options = ["model.name=plain_mamba_nano", *SMALL, *TINY, f"output={tmp_path / 'second'}", "seed=5"]
+    assert train.main([leaderboard.RECIPE, *options]) == 0
+    folders = [runs / "plain_mamba_nano", tmp_path / "second", runs / "local_vim_nano"]
+    rows = {row["model"]: row for row in leaderboard.collect(folders)}
+    scores = [read_log(folder)[-1]["top1"] for folder in folders]
+    both, one = rows["plain_mamba_nano"], rows["local_vim_nano"]
+    assert both["seeds"] == "0 5" and "seed=" not in both["command"]
+    assert both["top1"] == pytest.approx(sum(scores[:2]) / 2, abs=1e-3)
+    assert both["top1_std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5, abs=1e-3)
+    assert (one["seeds"], one["top1"], one["top1_std"]) == ("0", scores[2], "")
+    assert list(both) == list(one)
+
+
+def test_speeds_of_a_benchmark(runs, tmp_path):
+    records = [dict(model="plain_mamba_nano.untrained", train_samples_per_sec=1234.5), dict(model="local_vim_nano")]
+    (tmp_path / "speeds.json").write_text(json.dumps(dict(records=records)))
+    folders = [str(runs / "plain_mamba_nano"), str(runs / "local_vim_nano")]
+    table = tmp_path / "table.csv"
+    options = ["--output", str(table), "--device", "a test bench", "--benchmark", str(tmp_path / "speeds.json")]
+    assert leaderboard.main([*folders, *options]) == 0
+    speeds = {row["model"]: row["train_samples_per_sec"] for row in read_table(table)}
+    assert speeds == {"plain_mamba_nano": "1234", "local_vim_nano": ""}
 
 
 def test_runs_of_other_tasks(tmp_path):

@@ -6,7 +6,9 @@
 A row holds the scores of the last epoch's weights, parameters in millions, 10^9 floating-point operations of one
 image (forward, two for a multiply-add, scans included; of classifiers and segmentors), training images per second
 (median over the epochs after the first), and the command that repeats the run: its settings are the recipe's but for
-those that the command names.
+those that the command names. Runs that differ in nothing but ``seed`` share a row, with the mean and the standard
+deviation (of the sample) of every score. Images per second of several runs that shared a GPU say little;
+``--benchmark FILE`` takes them from what ``python -m zoo.tools.benchmark models --mode train`` measured instead.
 """
 
 import argparse
@@ -48,11 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--output", default="results/fashion_mnist.csv", help="default %(default)s")
     parser.add_argument("--recipe", default=RECIPE, help="what the runs have in common; default %(default)s")
+    parser.add_argument("--benchmark", metavar="FILE", help="JSON file with the models' training images per second")
     parser.add_argument("--device", default=_this_device(), help="what they were trained on; default this machine's")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         rows = collect(options.runs, options.recipe)
+        if options.benchmark:
+            _take_speeds(rows, Path(options.benchmark))
         write_table(rows, options.output, options.device)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, Any]]:
-    """Makes the rows of the table, best first. Unfinished runs are reported and left out.
+    """Makes the rows of the table, best first; one for all seeds of a run. Unfinished runs are reported and left out.
 
     Args:
         runs: Folders of runs.
@@ -74,7 +79,7 @@ def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, 
         FileNotFoundError: If a folder holds no run or no weights.
         ValueError: If no run is finished, two of them have the same settings, or their tasks differ.
     """
-    rows, tasks = [], set()
+    seeds, tasks = {}, set()  # rows of the same settings but for the seed, by seed
     for run in map(Path, runs):
         if not (run / "config.yaml").is_file():
             raise FileNotFoundError(f"{run} holds no run: there is no config.yaml")
@@ -83,15 +88,21 @@ def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, 
             _logger.warning("%s is left out: %d of %d epochs", run, len(log), config.optim.epochs)
             continue
         tasks.add(config.task)
-        rows.append(_row(run, config, log, recipe))
-    if not rows:
+        settings = asdict(config)
+        command = training_command({**settings, "seed": load_config(recipe).seed}, recipe)
+        row = _row(run, config, log, recipe)
+        if row["command"] in {other["command"] for other in seeds.get(command, {}).values()}:
+            raise ValueError(f"several runs have the same settings: {row['command']}")
+        seeds.setdefault(command, {})[config.seed] = row
+    if not seeds:
         raise ValueError(f"none of the runs is finished: {', '.join(map(str, runs))}")
     if len(tasks) > 1:
         raise ValueError(f"runs of several tasks have no scores in common: {', '.join(sorted(tasks))}")
-    commands = [row["command"] for row in rows]
-    twice = sorted({command for command in commands if commands.count(command) > 1})
-    if twice:
-        raise ValueError(f"several runs have the same settings: {'; '.join(twice)}")
+    rows = (
+        _means(seeds)
+        if any(len(group) > 1 for group in seeds.values())
+        else [row for group in seeds.values() for row in group.values()]
+    )
     goal = find_task(tasks.pop()).goal
     return sorted(rows, key=lambda row: (-row[goal], row["model"]))
 
@@ -112,6 +123,33 @@ def _row(run: Path, config: TrainConfig, log: Sequence[Mapping[str, float]], rec
         "epochs": config.optim.epochs,
         "command": training_command(asdict(config), recipe),
     }
+
+
+def _means(seeds: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One row for all seeds of a command, with means and deviations of the scores."""
+    rows = []
+    for command, group in seeds.items():
+        row = {}
+        for name, value in next(iter(group.values())).items():
+            values = [other[name] for other in group.values()]
+            if name == "train_samples_per_sec":
+                row[name] = round(statistics.median(values))
+            elif isinstance(value, float) and name not in ("param_count", "gflops"):
+                row[name] = round(statistics.mean(values), 4)
+                row[f"{name}_std"] = round(statistics.stdev(values), 4) if len(values) > 1 else ""
+            else:
+                row[name] = value
+        rows.append({**row, "seeds": " ".join(map(str, sorted(group))), "command": command})
+    return rows
+
+
+def _take_speeds(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Replaces the training images per second of rows by those of a benchmark's file; what it lacks is left empty."""
+    records = json.loads(path.read_text())["records"]
+    speeds = {record["model"].partition(".")[0]: record.get("train_samples_per_sec") for record in records}
+    for row in rows:
+        speed = speeds.get(row["model"])
+        row["train_samples_per_sec"] = "" if speed is None else round(speed)
 
 
 def count_flops(model: nn.Module, size: Sequence[int]) -> int:
