@@ -31,6 +31,8 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from zoo.config import list_configs, load_config
 from zoo.engine import TrainResult, train
 from zoo.engine.loop import find_batch_size
@@ -96,11 +98,14 @@ def _show_trials(trials: Iterable[BatchTrial]) -> int:
 def _summary(result: TrainResult) -> str:
     if not result.complete:
         return f"stopped as asked; the state is saved in {result.output}, continue with resume=auto"
-    return (
-        f"Trained {result.trained} epochs; the run in {result.output} is complete.\n"
-        f"Best {result.goal_label}: {result.best[result.goal]:.2f} after epoch {result.best['epoch']}\n"
-        f"Weights: {result.output / 'best.safetensors'}   log: {result.output / 'log.csv'}"
-    )
+    lines = [
+        f"Trained {result.trained} epochs; the run in {result.output} is complete.",
+        f"Best {result.goal_label}: {result.best[result.goal]:.2f} after epoch {result.best['epoch']}",
+        f"Weights: {result.output / 'best.safetensors'}   log: {result.output / 'log.csv'}",
+    ]
+    if peak := torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0:
+        lines.append(f"Peak memory of this process's GPU: {peak / 2**30:.2f} GiB")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
