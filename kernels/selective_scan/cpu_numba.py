@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo.kernels.registration import path_length, without_autocast
 from zoo.kernels.selective_scan import cpu_loops as loops
-from zoo.kernels.selective_scan.op import num_chunks
+from zoo.kernels.selective_scan.op import num_chunks, paths_first
 
 __all__ = ["backward", "forward"]
 
@@ -211,7 +211,8 @@ def backward(
     batch, K, N, channels = call.batch, call.K, call.N, call.channels
     parts = call.sizes.group_slabs  # every slab of a group has its own sums over channels
 
-    du, ddelta, dz = new(u.shape), new(delta.shape), None if z is None else new(z.shape)
+    du, ddelta = (new(x.transpose(0, 1).shape).transpose(0, 1) if paths_first(x) else new(x.shape) for x in (u, delta))
+    dz = None if z is None else new(z.shape)
     dB, dC = (new(parts * batch, *x.shape[1:]) for x in (B, C))
     dA, dstate = torch.empty(batch, K, N, channels), call.states_of(grad_last_state)
     dD, dbias = (None if x is None else torch.empty(batch, K, channels) for x in (D, delta_bias))
@@ -237,4 +238,4 @@ def backward(
         (u, delta, A, B, C, D, z, delta_bias, initial_state),
         strict=True,
     )
-    return [grad.to(x.dtype).contiguous() for grad, x in given if x is not None]
+    return [grad.to(x.dtype) for grad, x in given if x is not None]

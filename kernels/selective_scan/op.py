@@ -27,6 +27,18 @@ from zoo.kernels.registration import (
 CHUNK = 16  # steps between two saved states
 
 
+def paths_first(x: Tensor) -> bool:
+    """Whether x (B, K, ...) lies in memory path by path, as the products of stacked weights do."""
+    return x.shape[1] > 1 and x.stride(1) > x.stride(0)
+
+
+def paths_in_order_of(x: Tensor, like: Tensor) -> Tensor:
+    """x, contiguous but for the order of batch and paths, which is that of ``like`` (B, K, ...)."""
+    if like.dim() > 3 and paths_first(like):
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    return x.contiguous()
+
+
 def num_chunks(steps: int) -> int:
     """Chunks a path of that many steps is cut into; each starts from a saved state."""
     return (steps + CHUNK - 1) // CHUNK
@@ -172,11 +184,17 @@ def selective_scan_backward_op(
     window: int,
     complete: bool,
 ) -> list[Tensor]:
-    """Gradients of u, delta, A, B, C, then of D, z, delta_bias and initial_state as far as they were given."""
-    return implementation("selective_scan", u.device).backward(
+    """Gradients of u, delta, A, B, C, then of D, z, delta_bias and initial_state as far as they were given.
+
+    Those of u and delta have their order of batch and paths in memory: both are added to, or multiplied with, tensors
+    of that order, which would otherwise be read against the grain or copied.
+    """
+    grads = implementation("selective_scan", u.device).backward(
         grad_out, grad_last_state, states,
         u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, as_flags(reverse), window, complete,
     )  # fmt: skip
+    d_u, d_delta, *others = grads
+    return [paths_in_order_of(d_u, u), paths_in_order_of(d_delta, delta), *(grad.contiguous() for grad in others)]
 
 
 @selective_scan_backward_op.register_fake
@@ -199,8 +217,8 @@ def _(
     window,
     complete,
 ):
-    given = [x for x in (u, delta, A, B, C, D, z, delta_bias, initial_state) if x is not None]
-    return [x.new_empty(x.shape) for x in given]
+    others = [x.new_empty(x.shape) for x in (A, B, C, D, z, delta_bias, initial_state) if x is not None]
+    return [*(paths_in_order_of(x.new_empty(x.shape), x) for x in (u, delta)), *others]
 
 
 def _setup_context(ctx, inputs, output):
