@@ -39,13 +39,7 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order, inverse)
-        if order.dim() == 1:
-            return x.index_select(1, order)
-        batch, length = order.shape
-        rows = order + torch.arange(0, batch * length, length, device=order.device).unsqueeze(
-            1
-        )  # (B, L), of B*L tokens
-        return x.reshape(batch * length, *x.shape[2:]).index_select(0, rows.flatten()).view(x.shape)
+        return _gather(x, order)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -53,18 +47,33 @@ class _Reorder(torch.autograd.Function):
         return _Reorder.apply(grad, inverse, order), None, None
 
 
+def _gather(x: Tensor, order: Tensor) -> Tensor:
+    if order.dim() == 1:
+        return x.index_select(1, order)
+    batch, length = order.shape
+    firsts = torch.arange(0, batch * length, length, device=order.device)
+    rows = (order + firsts.unsqueeze(1)).flatten()  # of all B * L tokens
+    return x.reshape(batch * length, *x.shape[2:]).index_select(0, rows).view(x.shape)
+
+
+def _reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    if torch.jit.is_tracing():  # TorchScript has no autograd functions
+        return _gather(x, order)
+    return _Reorder.apply(x, order, inverse)
+
+
 @torch.fx.wrap
 @register_notrace_function
 def shuffle_tokens(x: Tensor, order: TokenOrder | None) -> Tensor:
     """Tokens (B, L, ...) in the order of a block; a gathered copy, or ``x`` itself if ``order`` is None."""
-    return x if order is None else _Reorder.apply(x, order.order, order.inverse)
+    return x if order is None else _reorder(x, order.order, order.inverse)
 
 
 @torch.fx.wrap
 @register_notrace_function
 def restore_tokens(x: Tensor, order: TokenOrder | None) -> Tensor:
     """Undoes :func:`shuffle_tokens`."""
-    return x if order is None else _Reorder.apply(x, order.inverse, order.order)
+    return x if order is None else _reorder(x, order.inverse, order.order)
 
 
 def shuffle_paths(paths: Tensor, order: TokenOrder | None) -> Tensor:

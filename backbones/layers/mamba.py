@@ -13,7 +13,7 @@ from timm.models import checkpoint, register_notrace_function
 from torch import Tensor, nn
 
 from zoo.backbones.layers.recurrence import init_decays, init_steps, negative_exp
-from zoo.backbones.layers.stacked_linear import stacked_linear
+from zoo.backbones.layers.stacked_linear import project_steps
 from zoo.kernels import LARGEST_WINDOW, causal_conv1d, selective_scan
 
 __all__ = ["Directions", "MambaMixer", "Merge", "local_window", "stack_mixer_parameters"]
@@ -37,7 +37,7 @@ UPSTREAM_NAMES = {
 # FX and timm's feature extraction see the two kernels as single nodes.
 torch.fx.wrap("causal_conv1d")
 torch.fx.wrap("selective_scan")
-torch.fx.wrap("stacked_linear")
+torch.fx.wrap("project_steps")
 register_notrace_function(causal_conv1d)
 register_notrace_function(selective_scan)
 
@@ -113,7 +113,6 @@ class MambaMixer(nn.Module):
         self.window = window
         self.grad_checkpointing = False
         self.conv_reverse = self.reverse[:sets]
-        self.splits = [rank, d_state, d_state]
         self.output_factor = 1 / paths if merge == "mean" else 1.0
         self.layer_scale_init = layer_scale
 
@@ -167,9 +166,9 @@ class MambaMixer(nn.Module):
         """Convolves tokens and scans them with steps, B and C made of them; x, the gate z and the result (B, L, E)."""
         K, length = len(self.reverse), x.shape[1]
         u = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", reverse=self.conv_reverse)
-        low_rank, B, C = stacked_linear(u.transpose(0, 1), self.x_proj_weight).split(self.splits, dim=-1)
-        delta = stacked_linear(low_rank, self.dt_proj_weight)
-        delta, B, C = (t.transpose(0, 1).expand(-1, K, -1, -1) for t in (delta, B, C))  # (B, K, L, E or N), views
+        steps = project_steps(u.transpose(0, 1), self.x_proj_weight, self.dt_proj_weight)
+        # Views (B, K, L, E or N). By number, as FX cannot iterate over what a node returns.
+        delta, B, C = (steps[i].transpose(0, 1).expand(-1, K, -1, -1) for i in range(3))
         return selective_scan(
             u,
             delta,

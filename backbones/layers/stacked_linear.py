@@ -1,23 +1,102 @@
-"""A linear layer with several sets of weights, one for each scan path or direction."""
+"""Linear layers with several sets of weights, one for each scan path or direction."""
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor
 
-__all__ = ["stacked_linear"]
+__all__ = ["project_steps", "stacked_linear"]
+
+ALIGNED = 8  # 16-bit numbers in the 16 bytes that tensor cores' kernels read at a time
+
+
+class _Products(torch.autograd.Function):
+    """Rows (S, M, D) of S sets times the weights (S, R, D) of theirs, (S, M, R).
+
+    The gradient of the weights is one product a set: a batched product shares the sum over all rows among no more
+    processors than the few outputs need.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(x, weight.transpose(1, 2))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad
+        d_x = torch.bmm(grad, weight) if of_x else None
+        d_weight = torch.stack([g.t() @ rows for g, rows in zip(grad, x, strict=True)]) if of_weight else None
+        return d_x, d_weight
 
 
 @torch.fx.wrap
 @register_notrace_function
 def stacked_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Tokens (S, B, L, D) of S sets through the weights (S, R, D) of theirs, (S, B, L, R).
-
-    In training every sample is a product of its own: over all samples at once, the weights' gradient has few outputs
-    and an inner dimension of B * L, which batched products do not share among processors.
-    """
+    """Tokens (S, B, L, D) of S sets through the weights (S, R, D) of theirs, (S, B, L, R)."""
     if len(weight) == 1:
         return F.linear(x[0], weight[0])[None]
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return torch.matmul(x, weight.transpose(1, 2)[:, None])
-    return torch.bmm(x.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, x.shape[1:3])
+    rows, dtype = x.flatten(1, 2), _autocast_dtype(x)
+    if dtype is not None:  # here, as nothing is narrowed in a backward
+        rows, weight = rows.to(dtype), weight.to(dtype)
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():
+        return _Products.apply(rows, weight).unflatten(1, x.shape[1:3])
+    return torch.bmm(rows, weight.transpose(1, 2)).unflatten(1, x.shape[1:3])
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # there is no autocast for meta tensors
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def project_steps(u: Tensor, x_weight: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes of tokens what a selective scan steps its states with (Mamba, arXiv 2312.00752, algorithm 2).
+
+    Args:
+        u: Tokens (S, B, L, E) of S paths, or (1, B, L, E) that all paths read.
+        x_weight: Projections (S, R + 2 N, E) to the steps' low rank R, and to B and C of N states.
+        dt_weight: Projections (S, E, R) of the low rank to the steps of all channels.
+
+    Returns:
+        delta (S, B, L, E), B and C (S, B, L, N), the latter two as views.
+    """
+    states = (x_weight.shape[1] - dt_weight.shape[2]) // 2
+    if _prefers_aligned(u):
+        x_weight, dt_weight = _align(x_weight, dt_weight)
+    rank, sets = dt_weight.shape[2], len(x_weight)
+    if len(u) < sets:
+        rows = F.linear(u.flatten(0, 2), x_weight.flatten(0, 1)).unflatten(1, (sets, -1))  # (B * L, S, ...)
+        projected = rows.transpose(0, 1).unflatten(1, u.shape[1:3])
+    else:
+        projected = stacked_linear(u, x_weight)
+    unused = projected.shape[-1] - rank - 2 * states
+    dt, B, C, *_ = projected.split([rank, states, states, *[unused] * (unused > 0)], dim=-1)
+    return stacked_linear(dt, dt_weight), B, C
+
+
+def _prefers_aligned(u: Tensor) -> bool:
+    return u.is_cuda and u.dtype in (torch.bfloat16, torch.float16)
+
+
+def _align(x_weight: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pads the low rank, and the rows of every set, with zeros to multiples of 8.
+
+    Otherwise products of 16-bit numbers fall back to kernels of old chips, which take two to four times as long.
+    """
+    sets, rank = len(x_weight), dt_weight.shape[2]
+    extra = -rank % ALIGNED
+    last = -(x_weight.shape[1] + extra) % ALIGNED
+    if not extra and not last:
+        return x_weight, dt_weight
+    of_steps, of_states = x_weight.split([rank, x_weight.shape[1] - rank], dim=1)
+    zeros = x_weight.new_zeros(sets, max(extra, last), x_weight.shape[2])
+    x_weight = torch.cat([of_steps, zeros[:, :extra], of_states, zeros[:, :last]], dim=1)
+    return x_weight, F.pad(dt_weight, (0, extra))
