@@ -38,8 +38,10 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
+from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.multi_scale import MultiScaleMixer, resize_global_bias
 from zoo.backbones.layers.position import record_input_size
 from zoo.backbones.layers.ss2d import DepthwiseConv
@@ -129,20 +131,20 @@ class A2MambaBlock(nn.Module):
             return nn.Identity() if init_value is None else AffineScale(dim, init_value, **dd)
 
         self.cpe1 = DepthwiseConv(dim, 3, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
         self.mixer = mixer
         self.scale1 = scale()
         self.cpe2 = DepthwiseConv(dim, 3, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = ConvMlp(dim, hidden, **dd)
         self.scale2 = scale()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.cpe1(x)
-        x = self._add(x, self.mixer(self.norm1(x)), self.scale1)
-        x = x + self.cpe2(x)
-        return self._add(x, self.mlp(self.norm2(x)), self.scale2)
+        x, normed = add_norm(x, self.cpe1(x), self.norm1)
+        x = self._add(x, self.mixer(normed), self.scale1)
+        x, normed = add_norm(x, self.cpe2(x), self.norm2)
+        return self._add(x, self.mlp(normed), self.scale2)
 
     def _add(self, x: Tensor, update: Tensor, scale: nn.Module) -> Tensor:
         if self.scales_shortcut:

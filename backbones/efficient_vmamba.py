@@ -29,9 +29,11 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
+from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
+from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.ss2d import SS2D, Projected, from_authors_name
 from zoo.backbones.layers.vss import PatchStem, Reduction, VSSStage, make_reduction
 from zoo.backbones.scans import scan_paths
@@ -128,7 +130,7 @@ class EVSSBlock(nn.Module):
         super().__init__()
         if dim < 8:
             raise ValueError(f"a block needs at least 8 channels, got {dim}")
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, **dd)
         self.mixer = mixer
         self.conv_branch = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
@@ -137,7 +139,7 @@ class EVSSBlock(nn.Module):
             nn.Conv2d(dim, dim, 1, **dd),
         )
         self.gate = ChannelAttention(dim, **dd)
-        self.norm2 = nn.LayerNorm(dim, **dd) if mlp_ratio > 0 else None
+        self.norm2 = LayerNorm(dim, **dd) if mlp_ratio > 0 else None
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -146,10 +148,11 @@ class EVSSBlock(nn.Module):
         normed = self.norm(x)
         scanned = self.mixer(normed)
         convolved = self.conv_branch(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last views
-        x = x + self.drop_path(scanned * self.gate(scanned) + convolved * self.gate(convolved))
+        update = scanned * self.gate(scanned) + convolved * self.gate(convolved)
         if self.mlp is None:
-            return x
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            return x + self.drop_path(update)
+        x, normed = add_norm(x, update, self.norm2, self.drop_path)
+        return x + self.drop_path(self.mlp(normed))
 
 
 class InvertedResidualBlock(InvertedResidual):
@@ -251,8 +254,9 @@ class EfficientVMamba(HierarchicalBackbone):
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         self.stages = nn.Sequential(*(make_stage(stage, rates[stage]) for stage in range(4)))
         self._set_feature_info()
-        self.feature_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], **dd) for i in sorted(set(feature_norms))})
-        self.norm = nn.LayerNorm(dims[-1], **dd)
+        norms = {str(index): LayerNorm(dims[index], narrow=False, **dd) for index in sorted(set(feature_norms))}
+        self.feature_norms = nn.ModuleDict(norms)
+        self.norm = LayerNorm(dims[-1], narrow=False, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[-1], num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)

@@ -36,10 +36,12 @@ from torch import Tensor, nn
 from zoo.backbones.layers.backbone import numbers_for_trace, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
+from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.patch_embed import PatchEmbed
 from zoo.backbones.layers.position import resample_pos_embed, rotary_table
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
+from zoo.backbones.layers.stacked_linear import project_steps
 from zoo.backbones.scans.local import Route, check_direction, local_routes
 from zoo.kernels import causal_conv1d, selective_scan
 from zoo.registry import build_model_with_cfg
@@ -49,7 +51,7 @@ __all__ = ["LocalVim"]
 torch.fx.wrap("resample_pos_embed")  # single nodes for FX in this file too
 torch.fx.wrap("rotary_table")
 
-NORM_LAYERS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
+NORM_LAYERS = ("rmsnorm", "layernorm")
 
 
 def _crop(x: Tensor, length: int) -> Tensor:
@@ -101,7 +103,6 @@ class LocalMixer(nn.Module):
         inner, K = expand * dim, len(directions)
         rank = dt_rank or math.ceil(dim / 16)
         self.directions = tuple(directions)
-        self.splits = [rank, d_state, d_state]
         self.class_token = class_token
         self.lb_window = lb_window
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
@@ -144,10 +145,11 @@ class LocalMixer(nn.Module):
     def _scan(self, x: Tensor, z: Tensor, k: int, route: Route) -> Tensor:
         """Input and gate (B, P, E) to the gated output of direction k, (B, P, E)."""
         u = self._convolve(x, k, route)
-        dt, B, C = F.linear(u, self.x_proj_weight[k]).split(self.splits, dim=-1)  # (B, P, R or N)
+        one = slice(k, k + 1)
+        delta, B, C = (t[0] for t in project_steps(u[None], self.x_proj_weight[one], self.dt_proj_weight[one]))
         return selective_scan(
             u,
-            F.linear(dt, self.dt_proj_weight[k]),
+            delta,
             negative_exp(self.A_log[k]),
             B,
             C,
@@ -165,8 +167,9 @@ class LocalMixer(nn.Module):
         weight, bias = self.conv_weight[k], self.conv_bias[k]
         if route.order is None:
             return causal_conv1d(x, weight, bias, activation="silu", reverse=route.reverse)
-        walked = causal_conv1d(x.index_select(1, route.order), weight, bias, activation="silu")
-        return walked.index_select(1, route.places)
+        order = TokenOrder(route.order, route.places)
+        walked = causal_conv1d(shuffle_tokens(x, order), weight, bias, activation="silu")
+        return restore_tokens(walked, order)
 
 
 class LocalVimBlock(nn.Module):
@@ -271,8 +274,10 @@ class LocalVim(ColumnarBackbone):
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches + self.num_prefix_tokens, embed_dim, **dd))
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
-        def make_norm() -> nn.Module:
-            return NORM_LAYERS[norm_layer](embed_dim, eps=1e-5, **dd)
+        def make_norm(narrow: bool = True) -> nn.Module:
+            if norm_layer == "layernorm":
+                return LayerNorm(embed_dim, narrow=narrow, **dd)
+            return nn.RMSNorm(embed_dim, eps=1e-5, **dd)
 
         def make_block(index: int, drop_path: float) -> LocalVimBlock:
             own = directions[index % len(directions)]
@@ -284,9 +289,9 @@ class LocalVim(ColumnarBackbone):
         self.depth = depth
         self.layer_shuffle = LayerShuffle(layer_shuffle, depth)
         self._set_feature_info()
-        norms = {str(index): nn.LayerNorm(embed_dim, **dd) for index in sorted(set(feature_norms))}
+        norms = {str(index): LayerNorm(embed_dim, narrow=False, **dd) for index in sorted(set(feature_norms))}
         self.feature_norms = nn.ModuleDict(norms)
-        self.norm = make_norm()
+        self.norm = make_norm(narrow=False)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
+from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.ss2d import DepthwiseConv, Projected, SelectivePaths
 from zoo.backbones.layers.vss import PatchMerging, PatchStem, VSSBlock, VSSStage
 from zoo.backbones.scans import scan_paths
@@ -110,7 +111,7 @@ class LocalSS2D(nn.Module):
         self.ssm = SelectivePaths(inner, len(directions), d_state, dt_rank or -(-dim // 16), lb_window, **dd)
         self.attention = ChannelAttention(inner, **dd)
         self.direction_weight = nn.Parameter(torch.zeros(len(directions), **dd)) if search else None
-        self.out_norm = nn.LayerNorm(inner, **dd)
+        self.out_norm = LayerNorm(inner, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def reset_parameters(self) -> None:
@@ -202,7 +203,7 @@ class LocalVMamba(HierarchicalBackbone):
         def make_block(index: int, dim: int, drop_path: float) -> VSSBlock:
             own = directions[index % len(directions)]
             mixer = LocalSS2D(dim, own, d_state, dt_rank, ssm_ratio, d_conv, lb_window=lb_window, **dd)
-            return VSSBlock(nn.LayerNorm(dim, **dd), mixer, drop_path=drop_path)
+            return VSSBlock(LayerNorm(dim, **dd), mixer, drop_path=drop_path)
 
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -212,9 +213,9 @@ class LocalVMamba(HierarchicalBackbone):
             stages.append(VSSStage(blocks, PatchMerging(dims[i - 1], dim, **dd) if i else None))
         self.stages = nn.Sequential(*stages)
         self._set_feature_info()
-        norms = {str(index): nn.LayerNorm(dims[index], **dd) for index in sorted(set(feature_norms))}
+        norms = {str(index): LayerNorm(dims[index], narrow=False, **dd) for index in sorted(set(feature_norms))}
         self.feature_norms = nn.ModuleDict(norms)
-        self.norm = nn.LayerNorm(dims[-1], **dd)
+        self.norm = LayerNorm(dims[-1], narrow=False, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[-1], num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)

@@ -36,8 +36,10 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
+from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.kernels import causal_conv1d, selective_scan
 from zoo.registry import build_model_with_cfg
@@ -157,19 +159,19 @@ class TokenBlock(nn.Module):
         def make_scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
 
-        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.mixer = mixer
         self.ls1 = make_scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.norm2 = LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.ls2 = make_scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, L, D) to tokens (B, L, D)."""
-        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x, normed = add_norm(x, self.ls1(self.mixer(self.norm1(x))), self.norm2, self.drop_path1)
+        return x + self.drop_path2(self.ls2(self.mlp(normed)))
 
 
 class ConvBlock(nn.Module):

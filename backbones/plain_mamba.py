@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import unwrap_checkpoint
 from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
+from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.scans.memory import remember_tables
@@ -235,7 +236,7 @@ class PlainMambaBlock(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, **dd)
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.dwconv = None
@@ -332,9 +333,9 @@ class PlainMamba(ColumnarBackbone):
         self.blocks = nn.ModuleList(make_block(index, rate) for index, rate in enumerate(rates))
         self.layer_shuffle = LayerShuffle(layer_shuffle, depth)
         self._set_feature_info()
-        norms = {str(index): nn.LayerNorm(embed_dim, eps=1e-6, **dd) for index in sorted(set(feature_norms))}
+        norms = {str(i): LayerNorm(embed_dim, eps=1e-6, narrow=False, **dd) for i in sorted(set(feature_norms))}
         self.feature_norms = nn.ModuleDict(norms)
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **dd)
+        self.norm = LayerNorm(embed_dim, eps=1e-6, narrow=False, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)

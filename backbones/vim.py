@@ -86,7 +86,7 @@ class VimBlock(nn.Module):
             The mixer's output (B, L, D), tokens in their places.
         """
         if normed is None:
-            normed = self.norm(stream.to(self.norm.weight.dtype))
+            _, normed = add_norm(stream, None, self.norm)
         return restore_tokens(self.mixer(shuffle_tokens(normed, order)), order)
 
     def add(self, stream: Tensor, update: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class VisionMamba(ColumnarBackbone):
         tokens = stream.tokens
         if table is None or index == self.depth - 1:  # the final norm reads the stream unturned
             norm = self.norm if index == len(self.blocks) - 1 else getattr(self.blocks[index + 1], "norm", None)
-            if isinstance(block, VimBlock) and isinstance(norm, nn.RMSNorm):
+            if isinstance(block, VimBlock) and isinstance(norm, (nn.RMSNorm, nn.LayerNorm)):
                 return Stream(*add_norm(tokens, update, norm, block.drop_path, narrow=norm is not self.norm)), update
             return Stream(block.add(tokens, update)), update
         if self.rope_residual:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
+from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.position import record_input_size, resample_pos_embed
 from zoo.backbones.layers.ss2d import SS2D, Gate, OutputNorm, Recurrence, from_authors_name
 from zoo.backbones.layers.vss import (
@@ -167,9 +168,9 @@ class VMamba(HierarchicalBackbone):
             stages.append(VSSStage([make_block(dim, rate) for rate in rates[i]], reduction))
         self.stages = nn.Sequential(*stages)
         self._set_feature_info()
-        norms = {str(index): nn.LayerNorm(dims[index], **dd) for index in sorted(set(feature_norms))}
+        norms = {str(index): LayerNorm(dims[index], narrow=False, **dd) for index in sorted(set(feature_norms))}
         self.feature_norms = nn.ModuleDict(norms)
-        self.norm = make_norm(norm_layer, dims[-1], **dd)
+        self.norm = make_norm(norm_layer, dims[-1], narrow=False, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[-1], num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)

@@ -1,4 +1,4 @@
-"""Residual add and RMS norm: every backend against the definition in float64, outputs and all gradients."""
+"""Residual add and norm: every backend against the definition in float64, outputs and all gradients."""
 
 from dataclasses import dataclass, replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.kernels import add_rms_norm, use_backend
+from zoo.kernels import add_layer_norm, add_rms_norm, use_backend
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -19,26 +19,52 @@ class Case:
     update: bool = True
     scale: bool = False
     eps: float = 1e-5
+    centered: bool = False
+    bias: bool = False
     used: tuple[str, ...] = ("normed", "stream")
 
     def inputs(self, stream: torch.dtype, update: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-        """What the op takes, in these dtypes; the weight is never narrower than float32, the scale drops a sample."""
+        """What the op takes, in these dtypes; the weight is never narrower than float32, the scale drops a sample.
+
+        Rows of layer norms have means of all sizes, and biases the dtype of the update.
+        """
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=F64).to(device)
 
         exact = torch.promote_types(stream, F32)
-        given = dict(stream=normal(*self.shape).to(stream).requires_grad_())
+        means = normal(*self.shape[:-1], 1) if self.centered else 0
+        given = dict(stream=(means + normal(*self.shape)).to(stream).requires_grad_())
         given.update(weight=(1 + normal(self.shape[-1])).to(exact).requires_grad_())
         if self.update:
             given.update(update=normal(*self.shape).to(update).requires_grad_())
+        if self.bias:
+            given.update(bias=normal(self.shape[-1]).to(update).requires_grad_())
         if self.scale:
             given.update(scale=(torch.arange(self.shape[0], device=device) % 3 / 0.8).to(exact))
         return given
 
+    def run(self, given: dict[str, Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The normed rows and the new stream."""
+        options = dict(eps=self.eps, dtype=dtype, scale=given.get("scale"))
+        if self.centered:
+            options.update(bias=given.get("bias"))
+        norm = add_layer_norm if self.centered else add_rms_norm
+        return norm(given.get("update"), given["stream"], given["weight"], **options)
 
-CASES = {
+
+def both_norms(cases: dict[str, Case]) -> dict[str, Case]:
+    """The cases of RMS norm, and those of layer norm: with one channel it would give zeros, which have no error."""
+    layer_norms = {
+        f"layer_norm_{name}": replace(case, centered=True, bias=True)
+        for name, case in cases.items()
+        if case.shape[-1] > 1
+    }
+    return {**cases, **layer_norms}
+
+
+RMS_CASES = {
     "plain": Case((2, 9, 7)),
     "one_channel": Case((3, 5, 1)),
     "many_rows": Case((5, 27, 6), scale=True),
@@ -56,7 +82,13 @@ CASES = {
     "only_the_sum": Case((4, 9, 7), scale=True, used=("stream",)),
     "first_and_last_block": Case((2, 9, 7), update=False, used=("normed",)),
 }
-GPU_CASES = {
+CASES = both_norms(RMS_CASES)
+CASES.update(
+    layer_norm_no_bias=replace(CASES["layer_norm_many_rows"], bias=False),
+    layer_norm_first_block_no_bias=replace(CASES["layer_norm_first_block"], bias=False),
+    layer_norm_vmamba_tiny=Case((2, 5, 3, 96), scale=True, centered=True, bias=True),
+)
+RMS_GPU_CASES = {
     "vim_tiny_224": Case((32, 197, 192), scale=True),
     "vim_small_224": Case((16, 197, 384)),
     "vim_base_224": Case((7, 197, 768), scale=True),
@@ -64,6 +96,8 @@ GPU_CASES = {
     "widest": Case((2, 300, 8192), scale=True),
     "many_narrow_rows": Case((3, 40001, 3)),
 }
+GPU_CASES = both_norms(RMS_GPU_CASES)
+GPU_CASES.update(layer_norm_vmamba_tiny_224=Case((8, 56, 56, 96), scale=True, centered=True, bias=True))
 SUBJECTS = [
     *[(backend, "cpu", name) for backend in ("cpu", "reference") for name in CASES],
     *[pytest.param("triton", "cpu", name, marks=pytest.mark.interpreted) for name in CASES],
@@ -94,8 +128,7 @@ DTYPES = [  # of stream, update and normed rows, with the tolerances of the stre
 def run_op(case: Case, given: dict[str, Tensor], backend: str = "auto", dtype: torch.dtype | None = None) -> dict:
     """Outputs and all gradients by the op, for fixed gradients of the outputs."""
     with use_backend(backend):
-        options = dict(eps=case.eps, dtype=dtype, scale=given.get("scale"))
-        normed, stream = add_rms_norm(given.get("update"), given["stream"], given["weight"], **options)
+        normed, stream = case.run(given, dtype)
         return with_gradients(case, dict(normed=normed, stream=stream), given)
 
 
@@ -106,8 +139,15 @@ def run_definition(case: Case, given: dict[str, Tensor]) -> dict:
     if "update" in exact:
         scale = exact.get("scale", torch.ones((), device=stream.device, dtype=F64))
         stream = stream + exact["update"] * scale.view(-1, *[1] * (stream.dim() - 1))
-    normed = stream / torch.sqrt((stream**2).mean(-1, keepdim=True) + case.eps) * exact["weight"]
+    normed = normalise(stream, case) * exact["weight"] + exact.get("bias", 0)
     return with_gradients(case, dict(normed=normed, stream=stream), exact)
+
+
+def normalise(x: Tensor, case: Case) -> Tensor:
+    """Rows divided by their RMS, or by their deviation from the mean."""
+    if case.centered:
+        x = x - x.mean(-1, keepdim=True)
+    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + case.eps)
 
 
 def with_gradients(case: Case, outputs: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +180,7 @@ def test_equals_the_definition(backend, device, name):
 
 
 @pytest.mark.parametrize("stream, update, dtype, stream_tolerance, tolerance", DTYPES)
-@pytest.mark.parametrize("name", ["many_rows", "vim_tiny"])
+@pytest.mark.parametrize("name", ["many_rows", "vim_tiny", "layer_norm_many_rows", "layer_norm_vmamba_tiny"])
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_dtypes(backend, device, name, stream, update, dtype, stream_tolerance, tolerance):
     """Outputs have the dtypes promised, gradients those of their inputs, and nothing is rounded but what is written."""
@@ -149,46 +189,69 @@ def test_dtypes(backend, device, name, stream, update, dtype, stream_tolerance, 
     got, expected = run_op(case, given, backend, dtype), run_definition(case, given)
     sum_dtype = torch.promote_types(stream, update)
     assert got["stream"].dtype == sum_dtype and got["normed"].dtype == (dtype or sum_dtype)
-    assert all(got[f"d_{n}"].dtype == given[n].dtype for n in ("stream", "update", "weight"))
+    assert all(got[f"d_{n}"].dtype == t.dtype for n, t in given.items() if t.requires_grad)
     assert_close({"stream": got["stream"]}, {"stream": expected["stream"]}, stream_tolerance)
     rounding = {F64: 1e-12, F32: 3e-6, F16: 1e-3, BF16: 8e-3}
-    for n in ("normed", "d_stream", "d_update", "d_weight"):
+    for n in got.keys() - {"stream"}:
         # gradients of the outputs arrive rounded to the dtypes of the outputs
         worst = max(tolerance, stream_tolerance, rounding[got[n].dtype])
         assert_close({n: got[n]}, {n: expected[n]}, worst)
 
 
+@pytest.mark.parametrize("name", ["vim_small", "layer_norm_vim_small"])
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_weight_gradients_are_exact_where_activations_are_16_bit(backend, device):
-    case = CASES["vim_small"]
+def test_gradients_of_parameters_are_exact_where_activations_are_16_bit(backend, device, name):
+    case = replace(CASES[name], used=("normed",))
     given = case.inputs(F32, BF16, device)
-    rounded = replace(case, used=("normed",))
+    parameters = {n: given[n].detach().float().requires_grad_() for n in ("weight", "bias") if n in given}
+    given.update(parameters)
     with use_backend(backend):
-        normed, _ = add_rms_norm(given["update"], given["stream"], given["weight"], dtype=BF16, scale=given["scale"])
+        normed, _ = case.run(given, BF16)
         cotangent = torch.randn(normed.shape, device=device).to(BF16)
-        (got,) = torch.autograd.grad(normed, given["weight"], cotangent)
-    stream = run_definition(rounded, given)["stream"]
-    expected = (stream * torch.rsqrt((stream**2).mean(-1, keepdim=True) + case.eps) * cotangent.double()).sum((0, 1))
-    assert_close({"d_weight": got}, {"d_weight": expected}, 3e-6)
+        got = torch.autograd.grad(normed, list(parameters.values()), cotangent)
+    stream = run_definition(case, given)["stream"]
+    expected = [(normalise(stream, case) * cotangent.double()).sum((0, 1)), cotangent.double().sum((0, 1))]
+    for name, d, exact in zip(parameters, got, expected, strict=False):
+        assert_close({name: d}, {name: exact}, 3e-6)
 
 
-def test_a_16_bit_stream_gives_what_two_calls_give(device):
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_layer_norm_of_one_channel_is_the_bias(backend, device):
+    x, weight, bias = torch.randn(3, 1, device=device), torch.ones(1, device=device), torch.full((1,), 2.0).to(device)
+    with use_backend(backend):
+        torch.testing.assert_close(add_layer_norm(None, x, weight, bias)[0], torch.full_like(x, 2.0))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_large_means_take_no_digits_from_the_variance(backend, device):
+    """A mean of 1e4 is known to 1e-3, and squares of 1e8 only to 10."""
+    case = Case((2, 40, 96), update=False, centered=True, used=("normed",))
+    given = case.inputs(F32, F32, device)
+    given["stream"] = (given["stream"].detach() + 1e4).requires_grad_()
+    assert_close(run_op(case, given, backend), run_definition(case, given), 2e-3)
+
+
+@pytest.mark.parametrize("name", ["vim_tiny", "layer_norm_vim_tiny"])
+def test_a_16_bit_stream_gives_what_two_calls_give(name, device):
     """The norm is that of the stream as it was rounded, so that a block may be fused or not."""
-    given = CASES["vim_tiny"].inputs(BF16, BF16, device)
-    normed, stream = add_rms_norm(given["update"], given["stream"], given["weight"])
+    case = CASES[name]
+    given = case.inputs(BF16, BF16, device)
+    normed, stream = case.run(given)
     assert torch.equal(stream, given["stream"] + given["update"])
-    alone, same = add_rms_norm(None, stream, given["weight"])
+    alone, same = case.run({"stream": stream, **{n: given[n] for n in ("weight", "bias") if n in given}})
     assert torch.equal(normed, alone) and same is stream
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("elements, most_rows, resident", [(1, 32, 1), (1, 4, 2), (16, 32, 3), (4, 1, 1)])
-def test_triton_tiles_and_programs_meet_without_a_seam(monkeypatch, elements, most_rows, resident):
+def test_triton_tiles_and_programs_meet_without_a_seam(monkeypatch, elements, most_rows, resident, centered):
     implementation = pytest.importorskip("zoo.kernels.add_norm.triton")
     monkeypatch.setattr(implementation, "ELEMENTS", elements)
     monkeypatch.setattr(implementation, "MOST_ROWS", most_rows)
     monkeypatch.setattr(implementation, "RESIDENT_WARPS", resident)
-    case = Case((5, 27, 6), scale=True, eps=0.0)  # rows that are not there must not count, whatever eps is
+    # rows that are not there must not count, whatever eps is
+    case = Case((5, 27, 6), scale=True, eps=0.0, centered=centered, bias=centered)
     given = case.inputs(F64, F64, "cpu")
     assert_close(run_op(case, given, "triton"), run_definition(case, given), 1e-12)
 
@@ -203,12 +266,38 @@ def test_gradients_are_those_of_finite_differences(device):
     assert torch.autograd.gradcheck(lambda s, w: add_rms_norm(None, s, w), (given["stream"], given["weight"]))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradients_of_layer_norm_are_those_of_finite_differences(biased, device):
+    given = Case((2, 3, 5), scale=True, centered=True, bias=biased).inputs(F64, F64, device)
+    names = ("update", "stream", "weight", "bias") if biased else ("update", "stream", "weight")
+
+    def both(*inputs):
+        return add_layer_norm(*inputs, scale=given["scale"])
+
+    assert torch.autograd.gradcheck(both, tuple(given[name] for name in names))
+    assert torch.autograd.gradcheck(
+        lambda *inputs: add_layer_norm(None, *inputs), tuple(given[name] for name in names[1:])
+    )
+
+
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_equals_torchs_rms_norm(dtype, device):
     x, weight = torch.randn(3, 7, 20, device=device, dtype=dtype), torch.randn(20, device=device, dtype=dtype)
     torch.testing.assert_close(
         add_rms_norm(None, x, weight, 1e-6)[0], torch.nn.functional.rms_norm(x, (20,), weight, 1e-6)
     )
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_equals_torchs_layer_norm(backend, device, dtype, biased):
+    """With all gradients."""
+    case = Case((3, 7, 20), update=False, centered=True, bias=biased, eps=1e-6, used=("normed",))
+    given = case.inputs(dtype, dtype, device)
+    normed = torch.nn.functional.layer_norm(given["stream"], (20,), given["weight"], given.get("bias"), 1e-6)
+    expected = with_gradients(case, dict(normed=normed, stream=given["stream"]), given)
+    assert_close(run_op(case, given, backend), expected, 1e-12 if dtype == F64 else 3e-6)
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
@@ -223,8 +312,9 @@ def test_dropped_samples_pass_unchanged(dtype, backend, device):
     torch.testing.assert_close(new_stream[1], stream[1] + 2 * update[1])
 
 
-def test_autocast_does_not_narrow_the_sums(device):
-    case = CASES["vim_tiny"]
+@pytest.mark.parametrize("name", ["vim_tiny", "layer_norm_vim_tiny"])
+def test_autocast_does_not_narrow_the_sums(name, device):
+    case = CASES[name]
     given = case.inputs(F32, F32, device)
     with torch.autocast(device.type, BF16):
         got = run_op(case, given)
@@ -232,8 +322,9 @@ def test_autocast_does_not_narrow_the_sums(device):
     assert_close(got, run_definition(case, given), 3e-6)
 
 
+@pytest.mark.parametrize("norm", [add_rms_norm, add_layer_norm])
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_any_strides_are_read_and_results_are_contiguous(backend, device):
+def test_any_strides_are_read_and_results_are_contiguous(backend, device, norm):
     """Slices, transposed layouts and expanded batches give what their copies give, as inputs and as gradients."""
     wide, weight = torch.randn(3, 10, 14, device=device), torch.randn(14, device=device)[::2]
     layouts = (wide[..., 7:], wide[:, ::2, :7], wide[..., :7].transpose(0, 1), wide[:1, :, :7].expand(2, -1, -1))
@@ -243,7 +334,7 @@ def test_any_strides_are_read_and_results_are_contiguous(backend, device):
         for name, t in (("strided", x.detach()), ("copied", x.detach().contiguous())):
             t.requires_grad_()
             with use_backend(backend):
-                normed, stream = add_rms_norm(t, t, weight)
+                normed, stream = norm(t, t, weight, *((-weight,) if norm is add_layer_norm else ()))
                 gradients = torch.autograd.grad((normed, stream), t, (t.detach(), 2 * t.detach()))
             assert normed.is_contiguous() and stream.is_contiguous()
             outputs[name] = (normed, stream, *gradients)
@@ -251,27 +342,32 @@ def test_any_strides_are_read_and_results_are_contiguous(backend, device):
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_two_runs_give_the_same_bits(backend, device):
-    case = Case((2, 61, 96), scale=True)
+@pytest.mark.parametrize("centered", [False, True])
+def test_two_runs_give_the_same_bits(backend, device, centered):
+    case = Case((2, 61, 96), scale=True, centered=centered, bias=centered)
     given = case.inputs(F32, BF16, device)
     first, second = run_op(case, given, backend, BF16), run_op(case, given, backend, BF16)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("kind", ["", "layer_norm_"])
 @pytest.mark.parametrize("name", ["plain", "many_rows", "first_block", "samples", "one_row"])
 @pytest.mark.parametrize("update_dtype", [F32, BF16])
-def test_opcheck(name, update_dtype, device):
-    given = CASES[name].inputs(F32, update_dtype, device)
-    arguments = (given["stream"], given.get("update"), given["weight"], given.get("scale"), 1e-5, update_dtype)
-    torch.library.opcheck(torch.ops.zoo.add_rms_norm.default, arguments)
+def test_opcheck(name, kind, update_dtype, device):
+    case = CASES[kind + name]
+    given = case.inputs(F32, update_dtype, device)
+    tensors = given["stream"], *(given.get(name) for name in ("update", "weight", "bias", "scale"))
+    torch.library.opcheck(torch.ops.zoo.add_norm.default, (*tensors, 1e-5, update_dtype, case.centered))
 
 
-class TwoBlocks(torch.nn.Module):
-    """Two adds and norms as a column of blocks makes them, the first without an update."""
+class Blocks(torch.nn.Module):
+    """Adds and norms of both kinds as a column of blocks makes them, the first without an update."""
 
     def forward(self, stream, update, weight):
         normed, stream = add_rms_norm(None, stream, weight, dtype=update.dtype)
         normed, stream = add_rms_norm(update * normed, stream, weight, dtype=update.dtype)
+        normed, stream = add_layer_norm(update * normed, stream, weight, weight, dtype=update.dtype)
+        normed = normed + add_layer_norm(None, stream, weight)[0]
         return normed.to(stream.dtype) + stream
 
 
@@ -279,7 +375,7 @@ class TwoBlocks(torch.nn.Module):
 def test_compiles_into_one_graph_and_exports(update_dtype, device):
     given = CASES["plain"].inputs(F32, update_dtype, device)
     inputs = given["stream"], given["update"], given["weight"]
-    module = TwoBlocks()
+    module = Blocks()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     expected, got = (
         (out, *torch.autograd.grad(out.square().sum(), inputs)) for out in (module(*inputs), compiled(*inputs))
@@ -291,9 +387,9 @@ def test_compiles_into_one_graph_and_exports(update_dtype, device):
 
 
 def test_fx_traces_it_as_one_node():
-    module = TwoBlocks()
-    graph = torch.fx.Tracer(autowrap_functions=(add_rms_norm,)).trace(module)
-    assert sum(node.target is add_rms_norm for node in graph.nodes) == 2
+    module = Blocks()
+    graph = torch.fx.Tracer(autowrap_functions=(add_rms_norm, add_layer_norm)).trace(module)
+    assert sum(node.target in (add_rms_norm, add_layer_norm) for node in graph.nodes) == 4
     inputs = torch.randn(2, 3, 7), torch.randn(2, 3, 7), torch.randn(7)
     torch.testing.assert_close(torch.fx.GraphModule(module, graph)(*inputs), module(*inputs))
 
@@ -337,3 +433,11 @@ def test_errors_name_expected_and_given(change, message):
     )
     with pytest.raises(ValueError, match=message):
         add_rms_norm(**{**arguments, **change})
+
+
+def test_errors_name_the_bias():
+    x, weight = torch.zeros(2, 5, 6), torch.zeros(6)
+    with pytest.raises(ValueError, match=r"bias must have shape \(D\) = \(6\), got \(5\)"):
+        add_layer_norm(None, x, weight, torch.zeros(5))
+    with pytest.raises(ValueError, match=r"bias is torch\.int32"):
+        add_layer_norm(None, x, weight, weight.int())

@@ -19,7 +19,7 @@ from zoo.backbones import FAMILIES
 from zoo.backbones.layers.neighborhood import axis_windows, neighborhood_aggregate, neighborhood_maps
 from zoo.data import Preprocessing
 from zoo.engine import ModelCard, save_weights
-from zoo.kernels import add_rms_norm, causal_conv1d, selective_scan, ssd, use_backend
+from zoo.kernels import add_layer_norm, add_rms_norm, causal_conv1d, selective_scan, ssd, use_backend
 from zoo.tools import export
 from zoo.tools.exporting import onnx_file
 from zoo.tools.exporting.decompositions import DECOMPOSITIONS, window_axis
@@ -171,12 +171,15 @@ def heads(x: Tensor) -> list[Tensor]:
 
 
 def norms(x: Tensor) -> list[Tensor]:
-    """Norms of tokens (B, 9, 6), with and without an update and factors of it."""
-    weight = torch.linspace(0.5, 1.5, 6, dtype=x.dtype)
+    """Norms of tokens (B, 9, 6), with and without an update, factors of it and a bias."""
+    weight, bias = torch.linspace(0.5, 1.5, 6, dtype=x.dtype), torch.linspace(-1, 1, 6, dtype=x.dtype)
     return [
         add_rms_norm(None, x, weight)[0],
         *add_rms_norm(x.sin(), x, weight, 1e-3),
         *add_rms_norm(x.cos(), x, weight, scale=x.mean((1, 2))),
+        add_layer_norm(None, x, weight)[0],
+        *add_layer_norm(x.sin(), x, weight, bias, 1e-3),
+        *add_layer_norm(x.cos(), x, weight, bias, scale=x.mean((1, 2))),
     ]
 
 

@@ -116,7 +116,8 @@ def walk_by_hand(mixer: LocalMixer, x: torch.Tensor, grid: tuple[int, int]) -> t
         u = F.pad(u.transpose(1, 2), (taps - 1, 0))
         u = F.silu(F.conv1d(u, mixer.conv_weight[k].unsqueeze(1), mixer.conv_bias[k], groups=u.shape[1]))
         u = u.transpose(1, 2).contiguous()
-        dt, B, C = (u @ mixer.x_proj_weight[k].t()).split(mixer.splits, dim=-1)
+        projected, rank = u @ mixer.x_proj_weight[k].t(), mixer.dt_proj_weight.shape[-1]
+        dt, B, C = projected[..., :rank], *projected[..., rank:].chunk(2, dim=-1)
         delta, A = dt @ mixer.dt_proj_weight[k].t(), -mixer.A_log[k].exp()
         bias, window = mixer.dt_bias[k], mixer.lb_window
         y = selective_scan(u, delta, A, B, C, mixer.D[k], z, bias, delta_softplus=True, window=window)

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.backbones.layers.layer_norm import LayerNorm
+
 __all__ = ["ChannelAttention"]
 
 
@@ -26,11 +28,13 @@ class ChannelAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, **dd)
         self.reduce = nn.Linear(dim, dim // reduction, **dd)
         self.select = nn.Linear(dim // reduction, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, L, C) or a map (B, H, W, C) to the weights of the channels, (B, 1, C) or (B, 1, 1, C), 0 to 1."""
-        common = self.norm(x).mean(tuple(range(1, x.dim() - 1)), keepdim=True)
+        # The mean of many tokens is worth more digits than each of them.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        common = self.norm(x).mean(tuple(range(1, x.dim() - 1)), keepdim=True, dtype=wide).to(self.norm.weight.dtype)
         return torch.sigmoid(self.select(F.gelu(self.reduce(common))))

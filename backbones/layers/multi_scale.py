@@ -13,6 +13,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import numbers_for_trace
+from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.neighborhood import neighborhood_aggregate, neighborhood_maps
 from zoo.backbones.layers.recurrence import init_steps, negative_exp
 from zoo.backbones.layers.ss2d import DepthwiseConv
@@ -193,8 +194,8 @@ class MultiScaleMixer(nn.Module):
         else:
             tokens = global_grid[0] * global_grid[1]
             self.global_bias = nn.Parameter(torch.empty(1, num_heads, tokens, tokens, **dd))
-        self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.proj = nn.Sequential(nn.LayerNorm(dim, eps=1e-6, **dd), nn.Linear(dim, dim, **dd))
+        self.norm = LayerNorm(dim, eps=1e-6, narrow=False, **dd)
+        self.proj = nn.Sequential(LayerNorm(dim, eps=1e-6, **dd), nn.Linear(dim, dim, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
-from zoo.backbones.layers.stacked_linear import stacked_linear
+from zoo.backbones.layers.stacked_linear import project_steps
 from zoo.backbones.scans import scan_paths
 from zoo.kernels import selective_scan, ssd
 
@@ -88,7 +89,7 @@ class SelectivePaths(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         check_window(lb_window)
-        self.splits = [dt_rank, d_state, d_state]
+        self.splits = [dt_rank, d_state, d_state]  # of the rows that x_proj makes of a token
         self.lb_window = lb_window
         self.x_proj_weight = nn.Parameter(torch.empty(paths, sum(self.splits), dim, **dd))
         self.dt_proj_weight = nn.Parameter(torch.empty(paths, dim, dt_rank, **dd))
@@ -108,11 +109,8 @@ class SelectivePaths(nn.Module):
 
     def project(self, u: Tensor, only: slice = slice(None)) -> Projected:
         """Tokens (B, L, E) to what steps the states of all paths, or of the paths ``only``."""
-        weight = self.x_proj_weight[only]
-        projected = F.linear(u.flatten(0, 1), weight.flatten(0, 1)).unflatten(1, (len(weight), -1))  # (B*L, K, R+2N)
-        dt, B, C = projected.transpose(0, 1).unflatten(1, u.shape[:2]).split(self.splits, dim=-1)  # (K, B, L, ...)
-        delta = stacked_linear(dt, self.dt_proj_weight[only])
-        return Projected(*(t.transpose(0, 1) for t in (delta, B, C)))
+        steps = project_steps(u[None], self.x_proj_weight[only], self.dt_proj_weight[only])
+        return Projected(*(t.transpose(0, 1) for t in steps))
 
     def walk(
         self,
@@ -259,9 +257,9 @@ def _output_norm(
     if kind == "dwconv":
         return DepthwiseConv(dim, 3, bias=False, **dd)
     if kind == "layernorm_dwconv":
-        return nn.Sequential(nn.LayerNorm(dim, **dd), DepthwiseConv(dim, 3, bias=False, **dd))
+        return nn.Sequential(LayerNorm(dim, **dd), DepthwiseConv(dim, 3, bias=False, **dd))
     if kind == "layernorm":
-        return nn.LayerNorm(dim, **dd)
+        return LayerNorm(dim, **dd)
     return SpatialSoftmax() if kind == "softmax" else nn.Sigmoid()
 
 

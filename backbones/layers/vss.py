@@ -12,6 +12,9 @@ from timm.layers import DropPath
 from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
+from zoo.backbones.layers.add_norm import add_norm
+from zoo.backbones.layers.layer_norm import LayerNorm
+
 __all__ = [
     "ConvReduction",
     "ConvStem",
@@ -41,16 +44,25 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def make_norm(
-    kind: NormLayer, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    kind: NormLayer,
+    dim: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    narrow: bool = True,
 ) -> nn.Module:
     """Norm of maps (B, H, W, dim) by name.
+
+    ``narrow=False`` is for layer norms whose output is not read by a linear layer or a convolution, see
+    :class:`~zoo.backbones.layers.layer_norm.LayerNorm`.
 
     Raises:
         ValueError: If there is no such norm.
     """
     if kind not in get_args(NormLayer):
         raise ValueError(f"norm_layer={kind!r} is not known; use one of {', '.join(get_args(NormLayer))}")
-    return (nn.LayerNorm if kind == "layernorm" else BatchNorm)(dim, eps=1e-5, device=device, dtype=dtype)
+    if kind == "layernorm":
+        return LayerNorm(dim, narrow=narrow, device=device, dtype=dtype)
+    return BatchNorm(dim, device=device, dtype=dtype)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -80,7 +92,7 @@ class PatchStem(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
-        self.norm1 = make_norm(norm_layer, dim, **dd)
+        self.norm1 = make_norm(norm_layer, dim, narrow=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to a map (B, H // patch, W // patch, C)."""
@@ -117,7 +129,7 @@ class ConvStem(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, strides[0], padding=1, **dd)
         self.norm1 = make_norm(norm_layer, dim // 2, **dd)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, strides[1], padding=1, **dd)
-        self.norm2 = make_norm(norm_layer, dim, **dd)
+        self.norm2 = make_norm(norm_layer, dim, narrow=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to a map (B, ceil(H / patch), ceil(W / patch), C)."""
@@ -182,7 +194,7 @@ class ConvReduction(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv = nn.Conv2d(dim, out_dim, size, 2, padding=(size - 1) // 2, **dd)
-        self.norm = make_norm(norm_layer, out_dim, **dd)
+        self.norm = make_norm(norm_layer, out_dim, narrow=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to a map of half the size and ``out_dim`` channels."""
@@ -254,10 +266,15 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to map (B, H, W, C)."""
-        x = x + self.drop_path(self.mixer(self.norm(x)))
+        update = self.mixer(self.norm(x))
         if self.mlp is None:
-            return x
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            return x + self.drop_path(update)
+        if isinstance(self.norm2, nn.LayerNorm):
+            x, normed = add_norm(x, update, self.norm2, self.drop_path)
+        else:
+            x = x + self.drop_path(update)
+            normed = self.norm2(x)
+        return x + self.drop_path(self.mlp(normed))
 
 
 class VSSStage(nn.Module):

@@ -1,12 +1,12 @@
-"""``torch.ops.zoo.add_rms_norm``: checks, backend dispatch, fake kernels and autograd.
+"""``torch.ops.zoo.add_norm``: checks, backend dispatch, fake kernels and autograd.
 
-Canonical shapes, one for every caller: stream and update (..., D), weight (D,), scale (B,) where the stream is
+Canonical shapes, one for every caller: stream and update (..., D), weight and bias (D,), scale (B,) where the stream is
 (B, ..., D); the result is [normed, new stream], both (..., D) and contiguous. Without an update it is [normed] alone:
 an op must not return what it was given.
 
-The new stream and the weight are kept for the backward, but not the inverse RMS of the rows: the backward holds whole
-rows and sums over them anyway, so that a second sum costs no memory traffic, while the inverse RMS would be one more
-tensor to write, to keep and to read. FLOPs are not counted, as torch counts none for norms.
+The new stream and the weight are kept for the backward, but neither mean nor deviation of the rows: the backward holds
+whole rows and sums over them anyway, so that further sums cost no memory traffic, while what is known of a row would be
+more tensors to write, to keep and to read. FLOPs are not counted, as torch counts none for norms.
 """
 
 import torch
@@ -14,12 +14,18 @@ from torch import Tensor
 
 from zoo.kernels.registration import FLOAT_DTYPES, check_dtypes_and_devices, expect_shape, implementation, show
 
-OP = "add_rms_norm"
+OP = "add_norm"
 MAX_CHANNELS = 8192  # the Triton kernels keep whole rows in registers
 
 
 def check_inputs(
-    stream: Tensor, update: Tensor | None, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype | None
+    stream: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> None:
     """Raises ValueError, naming expected and given, unless the inputs fit together."""
     if stream.dim() == 0 or 0 in stream.shape:
@@ -29,6 +35,7 @@ def check_inputs(
         raise ValueError(f"{OP}: stream has {D} channels; at most {MAX_CHANNELS} are supported")
     expect_shape(OP, "update", update, "..., D", tuple(stream.shape))
     expect_shape(OP, "weight", weight, "D", (D,))
+    expect_shape(OP, "bias", bias, "D", (D,))
     if scale is not None:
         if update is None:
             raise ValueError(f"{OP}: scale multiplies the update, but update is None; leave out scale")
@@ -39,7 +46,7 @@ def check_inputs(
         raise ValueError(f"{OP}: eps is {eps}; it must be 0 or more")
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"{OP}: dtype is {dtype}; use one of {', '.join(map(str, FLOAT_DTYPES))}")
-    check_dtypes_and_devices(OP, dict(stream=stream, update=update, weight=weight, scale=scale), {}, None)
+    check_dtypes_and_devices(OP, dict(stream=stream, update=update, weight=weight, bias=bias, scale=scale), {}, None)
 
 
 def _sum_dtype(stream: Tensor, update: Tensor | None) -> torch.dtype:
@@ -52,50 +59,65 @@ def by_sample(scale: Tensor, x: Tensor) -> Tensor:
     return scale.view(-1, *[1] * (x.dim() - 1))
 
 
-@torch.library.custom_op("zoo::add_rms_norm", mutates_args=())
-def add_rms_norm_op(
-    stream: Tensor, update: Tensor | None, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype | None
+@torch.library.custom_op("zoo::add_norm", mutates_args=())
+def add_norm_op(
+    stream: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+    centered: bool,
 ) -> list[Tensor]:
-    """The normed rows and, if there is an update, the new stream."""
-    check_inputs(stream, update, weight, scale, eps, dtype)
+    """The normed rows and, if there is an update, the new stream; layer norm if ``centered``, else RMS norm."""
+    check_inputs(stream, update, weight, bias, scale, eps, dtype)
     dtype = dtype or _sum_dtype(stream, update)
-    return implementation("add_norm", stream.device).forward(stream, update, weight, scale, eps, dtype)
+    return implementation(OP, stream.device).forward(stream, update, weight, bias, scale, eps, dtype, centered)
 
 
-@add_rms_norm_op.register_fake
-def _(stream, update, weight, scale, eps, dtype):
-    check_inputs(stream, update, weight, scale, eps, dtype)
+@add_norm_op.register_fake
+def _(stream, update, weight, bias, scale, eps, dtype, centered):
+    check_inputs(stream, update, weight, bias, scale, eps, dtype)
     normed = stream.new_empty(stream.shape, dtype=dtype or _sum_dtype(stream, update))
     return [normed] if update is None else [normed, stream.new_empty(stream.shape, dtype=_sum_dtype(stream, update))]
 
 
-@torch.library.custom_op("zoo::add_rms_norm_backward", mutates_args=())
-def add_rms_norm_backward_op(
+@torch.library.custom_op("zoo::add_norm_backward", mutates_args=())
+def add_norm_backward_op(
     grad_normed: Tensor,
     grad_stream: Tensor | None,
     stream: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     eps: float,
+    centered: bool,
     stream_dtype: torch.dtype,
     update_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """Gradients of the old stream, of weight and, with a dtype for it, of the update; ``stream`` is the new one."""
-    return implementation("add_norm", stream.device).backward(
-        grad_normed, grad_stream, stream, weight, scale, eps, stream_dtype, update_dtype
+    """Gradients of the old stream, of weight and, with dtypes for them, of the update and then of bias.
+
+    ``stream`` is the new one.
+    """
+    return implementation(OP, stream.device).backward(
+        grad_normed, grad_stream, stream, weight, scale, eps, centered, stream_dtype, update_dtype, bias_dtype
     )
 
 
-@add_rms_norm_backward_op.register_fake
-def _(grad_normed, grad_stream, stream, weight, scale, eps, stream_dtype, update_dtype):
+@add_norm_backward_op.register_fake
+def _(grad_normed, grad_stream, stream, weight, scale, eps, centered, stream_dtype, update_dtype, bias_dtype):
     gradients = [stream.new_empty(stream.shape, dtype=stream_dtype), weight.new_empty(weight.shape)]
-    return gradients if update_dtype is None else [*gradients, stream.new_empty(stream.shape, dtype=update_dtype)]
+    if update_dtype is not None:
+        gradients.append(stream.new_empty(stream.shape, dtype=update_dtype))
+    return gradients if bias_dtype is None else [*gradients, weight.new_empty(weight.shape, dtype=bias_dtype)]
 
 
 def _setup_context(ctx, inputs, output):
-    stream, update, weight, scale, ctx.eps, _ = inputs
+    stream, update, weight, bias, scale, ctx.eps, _, ctx.centered = inputs
     ctx.set_materialize_grads(False)
     ctx.stream_dtype, ctx.update_dtype = stream.dtype, None if update is None else update.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(stream if update is None else output[1], weight, scale)
 
 
@@ -111,14 +133,16 @@ def _backward(ctx, grads):
     stream, weight, scale = ctx.saved_tensors
     grad_normed, grad_stream = grads if len(grads) > 1 else (grads[0], None)
     if grad_normed is None:
-        return *_backward_of_sum(ctx, grad_stream, scale), None, None, None, None
+        return *_backward_of_sum(ctx, grad_stream, scale), None, None, None, None, None, None
     # An update that was added as it is, in the stream's dtype, has the stream's gradient.
     same = scale is None and ctx.update_dtype == ctx.stream_dtype
-    d_stream, d_weight, *rest = torch.ops.zoo.add_rms_norm_backward(
-        grad_normed, grad_stream, stream, weight, scale, ctx.eps, ctx.stream_dtype, None if same else ctx.update_dtype
+    dtypes = ctx.stream_dtype, None if same else ctx.update_dtype, ctx.bias_dtype
+    d_stream, d_weight, *rest = torch.ops.zoo.add_norm_backward(
+        grad_normed, grad_stream, stream, weight, scale, ctx.eps, ctx.centered, *dtypes
     )
+    d_bias = None if ctx.bias_dtype is None else rest.pop()
     d_update = d_stream if same else next(iter(rest), None)
-    return d_stream, d_update, d_weight, None, None, None
+    return d_stream, d_update, d_weight, d_bias, None, None, None, None
 
 
-add_rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
+add_norm_op.register_autograd(_backward, setup_context=_setup_context)

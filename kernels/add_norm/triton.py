@@ -1,12 +1,12 @@
-"""Residual add and RMS norm in Triton: every row is read and written once, forward and backward.
+"""Residual add and norm in Triton: every row is read and written once, forward and backward.
 
 A program holds whole rows in registers, ELEMENTS numbers to a lane: several rows with one warp if D is small, one row
 with up to 16 warps if it is large. D is known at compile time, so that rows are read 16 bytes at a time wherever
 D is a multiple of 8.
 
 Backward programs stay: each walks over tiles of rows, as far apart as there are programs, and adds up its part of the
-weight's gradient in registers. It ends in the program's own row of a buffer, which is added up afterwards: no atomics,
-so every call gives the same bits.
+gradients of weight and bias in registers. They end in the program's own rows of a buffer, which are added up
+afterwards: no atomics, so every call gives the same bits.
 """
 
 import torch
@@ -19,7 +19,7 @@ from zoo.kernels.registration import accumulate_dtype
 
 __all__ = ["backward", "forward"]
 
-ELEMENTS = 16  # of a row, or of several, in a lane; the backward has five such tiles in registers
+ELEMENTS = 16  # of a row, or of several, in a lane; the backward has five or six such tiles in registers
 MOST_ROWS = 32  # of a tile: what is known of a row takes registers too
 RESIDENT_WARPS = 12  # of backward programs on a multiprocessor: 60 KB of loads in flight, at up to 168 registers
 
@@ -33,16 +33,22 @@ def _tile(first, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _load_weight(weight, D: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """All factors, (1, BLOCK)."""
+def _load_channels(values, D: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """Weight or bias of all channels, (1, BLOCK)."""
     channel = tl.arange(0, BLOCK)
-    return tl.load(weight + channel, mask=channel < D, other=0.0).to(dtype)[None, :]
+    return tl.load(values + channel, mask=channel < D, other=0.0).to(dtype)[None, :]
 
 
 @triton.jit
 def _load_scale(scale, row, rows, rows_per_sample, dtype: tl.constexpr):
     """The factors of the rows' samples, (ROWS, 1)."""
     return tl.load(scale + row // rows_per_sample, mask=row < rows, other=0.0).to(dtype)[:, None]
+
+
+@triton.jit
+def _centre(x, mask, D: tl.constexpr):
+    """Rows without their means, zero where the mask is false, as x is."""
+    return tl.where(mask, x - tl.sum(x, axis=1)[:, None] / D, 0.0)
 
 
 @triton.jit
@@ -53,13 +59,14 @@ def _inverse_rms(x, row, rows, D: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    stream, update, weight, scale, normed, total, rows, rows_per_sample, EPS: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_SCALE: tl.constexpr, dtype: tl.constexpr,
+    stream, update, weight, bias, scale, normed, total, rows, rows_per_sample, EPS: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, CENTERED: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, offset, mask = _tile(first, rows, D, ROWS, BLOCK)
     x = tl.load(stream + first * D + offset, mask=mask, other=0.0).to(dtype)
-    factors = _load_weight(weight, D, BLOCK, dtype)
+    factors = _load_channels(weight, D, BLOCK, dtype)
     if HAS_UPDATE:
         added = tl.load(update + first * D + offset, mask=mask, other=0.0).to(dtype)
         if HAS_SCALE:
@@ -67,7 +74,11 @@ def _forward_kernel(
         rounded = (x + added).to(total.dtype.element_ty)
         tl.store(total + first * D + offset, rounded, mask=mask)
         x = rounded.to(dtype)
+    if CENTERED:
+        x = _centre(x, mask, D)
     y = x * _inverse_rms(x, row, rows, D, EPS) * factors
+    if HAS_BIAS:
+        y += _load_channels(bias, D, BLOCK, dtype)
     tl.store(normed + first * D + offset, y, mask=mask)
 
 
@@ -75,10 +86,13 @@ def _forward_kernel(
 def _backward_kernel(
     grad_normed, grad_stream, stream, weight, scale, d_stream, d_update, sums, rows, rows_per_sample,
     EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_GRAD_STREAM: tl.constexpr,
-    HAS_SCALE: tl.constexpr, WRITES_UPDATE: tl.constexpr, dtype: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, WRITES_UPDATE: tl.constexpr, CENTERED: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
-    factors = _load_weight(weight, D, BLOCK, dtype)
+    factors = _load_channels(weight, D, BLOCK, dtype)
     d_weight = tl.zeros((ROWS, BLOCK), dtype)
+    if HAS_BIAS:
+        d_bias = tl.zeros((ROWS, BLOCK), dtype)
     for first in range(tl.program_id(0).to(tl.int64) * ROWS, rows, tl.num_programs(0) * ROWS):
         row, offset, mask = _tile(first, rows, D, ROWS, BLOCK)
         x = tl.load(stream + first * D + offset, mask=mask, other=0.0).to(dtype)
@@ -87,11 +101,18 @@ def _backward_kernel(
             passed_on = tl.load(grad_stream + first * D + offset, mask=mask, other=0.0).to(dtype)
         if HAS_SCALE:
             sample_scale = _load_scale(scale, row, rows, rows_per_sample, dtype)
+        if CENTERED:
+            x = _centre(x, mask, D)
         inverse = _inverse_rms(x, row, rows, D, EPS)
-        along_x = tl.sum(g * factors * x, axis=1)[:, None] * inverse / D
         x *= inverse
         d_weight += g * x
-        d_x = inverse * (g * factors - x * along_x)
+        if HAS_BIAS:
+            d_bias += g
+        g *= factors
+        d_x = g - x * (tl.sum(g * x, axis=1)[:, None] / D)
+        if CENTERED:
+            d_x -= tl.sum(g, axis=1)[:, None] / D
+        d_x *= inverse
         if HAS_GRAD_STREAM:
             d_x += passed_on
         tl.store(d_stream + first * D + offset, d_x, mask=mask)
@@ -100,7 +121,10 @@ def _backward_kernel(
                 d_x *= sample_scale
             tl.store(d_update + first * D + offset, d_x, mask=mask)
     channel = tl.arange(0, BLOCK)
-    tl.store(sums + tl.program_id(0) * D + channel, tl.sum(d_weight, axis=0), mask=channel < D)
+    sums += tl.program_id(0) * D
+    tl.store(sums + channel, tl.sum(d_weight, axis=0), mask=channel < D)
+    if HAS_BIAS:
+        tl.store(sums + tl.num_programs(0) * D + channel, tl.sum(d_bias, axis=0), mask=channel < D)
 
 
 def _options(exact: torch.dtype, D: int, eps: float) -> dict:
@@ -117,8 +141,19 @@ def _options(exact: torch.dtype, D: int, eps: float) -> dict:
     )
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def forward(
-    stream: Tensor, update: Tensor | None, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+    stream: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    centered: bool,
 ) -> list[Tensor]:
     """The normed rows in ``dtype`` and, if there is an update, the new stream, from the inputs of ``op.py``."""
     D = stream.shape[-1]
@@ -129,9 +164,9 @@ def forward(
     options = _options(accumulate_dtype(stream if total is None else total), D, eps)
     with device_guard(stream.device):
         _forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-            stream.contiguous(), None if update is None else update.contiguous(), weight.contiguous(),
-            None if scale is None else scale.contiguous(), normed, total, rows, rows // stream.shape[0],
-            HAS_UPDATE=update is not None, HAS_SCALE=scale is not None, **options,
+            stream.contiguous(), _contiguous(update), weight.contiguous(), _contiguous(bias), _contiguous(scale),
+            normed, total, rows, rows // stream.shape[0], HAS_UPDATE=update is not None, HAS_BIAS=bias is not None,
+            HAS_SCALE=scale is not None, CENTERED=centered, **options,
         )  # fmt: skip
     return [normed] if total is None else [normed, total]
 
@@ -143,10 +178,12 @@ def backward(
     weight: Tensor,
     scale: Tensor | None,
     eps: float,
+    centered: bool,
     stream_dtype: torch.dtype,
     update_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """Gradients of the old stream, of weight and, with a dtype for it, of the update."""
+    """Gradients of the old stream, of weight and, with dtypes for them, of the update and of bias."""
     D = stream.shape[-1]
     rows = stream.numel() // D
     exact = accumulate_dtype(stream)
@@ -155,13 +192,15 @@ def backward(
     programs = min(triton.cdiv(rows, options["ROWS"]), resident)
     d_stream = stream.new_empty(stream.shape, dtype=stream_dtype)
     d_update = None if update_dtype is None else stream.new_empty(stream.shape, dtype=update_dtype)
-    sums = stream.new_empty(programs, D, dtype=exact)
+    sums = stream.new_empty(1 if bias_dtype is None else 2, programs, D, dtype=exact)
     with device_guard(stream.device):
         _backward_kernel[(programs,)](
-            grad_normed.contiguous(), None if grad_stream is None else grad_stream.contiguous(), stream.contiguous(),
-            weight.contiguous(), None if scale is None else scale.contiguous(), d_stream, d_update, sums, rows,
-            rows // stream.shape[0], HAS_GRAD_STREAM=grad_stream is not None, HAS_SCALE=scale is not None,
-            WRITES_UPDATE=update_dtype is not None, **options,
+            grad_normed.contiguous(), _contiguous(grad_stream), stream.contiguous(), weight.contiguous(),
+            _contiguous(scale), d_stream, d_update, sums, rows, rows // stream.shape[0],
+            HAS_GRAD_STREAM=grad_stream is not None, HAS_BIAS=bias_dtype is not None, HAS_SCALE=scale is not None,
+            WRITES_UPDATE=update_dtype is not None, CENTERED=centered, **options,
         )  # fmt: skip
-    d_weight = sums.sum(0).to(weight.dtype)
-    return [d_stream, d_weight] if d_update is None else [d_stream, d_weight, d_update]
+    gradients = [d_stream, sums[0].sum(0).to(weight.dtype)]
+    if d_update is not None:
+        gradients.append(d_update)
+    return gradients if bias_dtype is None else [*gradients, sums[1].sum(0).to(bias_dtype)]

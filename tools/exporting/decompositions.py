@@ -279,14 +279,26 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, re
     return torch.stack(outputs)
 
 
-def add_rms_norm(
-    stream: Tensor, update: Tensor | None, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype | None
+def add_norm(
+    stream: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+    centered: bool,
 ) -> list[Tensor]:
-    """``zoo::add_rms_norm`` as it is written down."""
+    """``zoo::add_norm`` as it is written down, around the layer norm that ONNX has."""
     total = stream
     if update is not None:
         total = stream + (update if scale is None else update * scale.view(-1, *[1] * (update.dim() - 1)))
-    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight
+    if centered:
+        bias = None if bias is None else bias.to(total.dtype)
+        normed = F.layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias, eps)
+    else:
+        normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight
+        normed = normed if bias is None else normed + bias
     normed = normed.to(dtype or total.dtype).contiguous()
     return [normed] if update is None else [normed, total.contiguous()]
 
@@ -346,7 +358,7 @@ DECOMPOSITIONS: dict[Any, Callable] = {
     torch.ops.zoo.selective_scan.default: selective_scan,
     torch.ops.zoo.ssd.default: ssd,
     torch.ops.zoo.causal_conv1d.default: causal_conv1d,
-    torch.ops.zoo.add_rms_norm.default: add_rms_norm,
+    torch.ops.zoo.add_norm.default: add_norm,
     torch.ops.zoo.neighborhood_maps.default: neighborhood_maps,
     torch.ops.zoo.neighborhood_aggregate.default: neighborhood_aggregate,
 }
