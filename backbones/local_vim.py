@@ -33,6 +33,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import numbers_for_trace, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
@@ -187,10 +188,20 @@ class LocalVimBlock(nn.Module):
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, stream: Tensor, grid: tuple[int, int], order: TokenOrder | None = None) -> Tensor:
-        """Stream (B, L, D) of a grid (H, W) in any float dtype to the mixer's output (B, L, D), read in order."""
-        tokens = shuffle_tokens(self.norm(stream.to(self.norm.weight.dtype)), order)
-        return restore_tokens(self.mixer(tokens, grid), order)
+    def forward(
+        self,
+        stream: Tensor,
+        grid: tuple[int, int],
+        order: TokenOrder | None = None,
+        normed: Tensor | None = None,
+    ) -> Tensor:
+        """Stream (B, L, D) of a grid (H, W) in any float dtype to the mixer's output (B, L, D), read in order.
+
+        ``normed`` is the stream through this block's norm, if that is known already.
+        """
+        if normed is None:
+            _, normed = add_norm(stream, None, self.norm)
+        return restore_tokens(self.mixer(shuffle_tokens(normed, order), grid), order)
 
 
 class LocalVim(ColumnarBackbone):
@@ -316,11 +327,14 @@ class LocalVim(ColumnarBackbone):
         """Runs one block; returns the stream as the next block reads it, and the block's own output."""
         table, orders = context
         block = self.blocks[index]
-        update = run(block, stream.tokens, grid, orders[index])
+        update = run(block, stream.tokens, grid, orders[index], stream.normed)
+        turned = table is not None and index < self.depth - 1  # the final norm reads the stream unturned
+        norm = self._next_norm(index)
+        if norm is not None and not turned:
+            narrow = norm is not self.norm
+            return Stream(*add_norm(stream.tokens, update, norm, block.drop_path, narrow)), update
         tokens = stream.tokens + block.drop_path(update)
-        if table is None or index == self.depth - 1:  # the final norm reads the stream unturned
-            return Stream(tokens), update
-        return Stream(apply_rot_embed(tokens, *table)), update
+        return Stream(apply_rot_embed(tokens, *table) if turned else tokens), update
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LocalVim) -> dict[str, Tensor]:

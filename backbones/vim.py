@@ -269,8 +269,8 @@ class VisionMamba(ColumnarBackbone):
         update = run(block, stream.tokens, orders[index], stream.normed)
         tokens = stream.tokens
         if table is None or index == self.depth - 1:  # the final norm reads the stream unturned
-            norm = self.norm if index == len(self.blocks) - 1 else getattr(self.blocks[index + 1], "norm", None)
-            if isinstance(block, VimBlock) and isinstance(norm, (nn.RMSNorm, nn.LayerNorm)):
+            norm = self._next_norm(index)
+            if isinstance(block, VimBlock) and norm is not None:
                 return Stream(*add_norm(tokens, update, norm, block.drop_path, narrow=norm is not self.norm)), update
             return Stream(block.add(tokens, update)), update
         if self.rope_residual:

@@ -216,6 +216,12 @@ class ColumnarBackbone(Backbone):
         """The stream, which may be wider, in the dtype of the model's weights."""
         return stream.to(self.patch_embed.proj.weight.dtype)
 
+    def _next_norm(self, index: int) -> nn.Module | None:
+        """The norm that reads the stream after a block; None where there is none that the kernel knows."""
+        last = index == len(self.blocks) - 1
+        norm = self.norm if last else getattr(self.blocks[index + 1], "norm", None)
+        return norm if isinstance(norm, (nn.RMSNorm, nn.LayerNorm)) else None
+
     def _final(self, stream: Stream) -> Tensor:
         return self.norm(self._in_weight_dtype(stream.tokens)) if stream.normed is None else stream.normed
 
