@@ -26,7 +26,7 @@ def arrange(
 
     Args:
         input_ids: Text, (B, L).
-        attention_mask: (B, L), 0 at padding, wherever that is. Default no padding.
+        attention_mask: (B, L), 0 at padding, wherever that is; best on the CPU. Default no padding.
         images: Images M of the whole batch, in the order of the rows.
         tokens_per_image: Tokens N of an image.
         image_token_id: Placeholder in the text that an image's tokens take the place of. None: a row's images come
@@ -42,39 +42,31 @@ def arrange(
         ValueError: If images and placeholders do not match, or a row is empty.
     """
     B, L = input_ids.shape
-    ids, kept = input_ids.cpu(), torch.ones(B, L) if attention_mask is None else attention_mask.cpu()
-    kept = kept.bool()
-    is_image = torch.zeros(B, L, dtype=torch.bool) if image_token_id is None else (ids == image_token_id) & kept
+    kept = torch.ones(B, L, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+    is_image = torch.zeros_like(kept)
+    if image_token_id is not None:  # else a GPU need not be waited for
+        is_image = (input_ids.cpu() == image_token_id) & kept
     counts = _count_images(is_image, images, image_token_id, image_counts)
-    rows, image = [], 0
-    for row in range(B):
-        text = row * L + kept[row].nonzero().squeeze(1)  # (tokens of the row,)
-        blocks = [
-            B * L + torch.arange(i * tokens_per_image, (i + 1) * tokens_per_image)
-            for i in range(image, image + counts[row])
-        ]
-        image += counts[row]
-        if image_token_id is None:
-            pieces = [*blocks, text]
-        else:
-            pieces = _splice(text, is_image[row][kept[row]], blocks)
-        rows.append(torch.cat(pieces))
-    empty = [row for row, positions in enumerate(rows) if not len(positions)]
+    is_text, leading = kept & ~is_image, 0
+    if image_token_id is None:  # as if placeholders stood before the text
+        leading = max(counts, default=0)
+        is_image = torch.cat([torch.arange(leading) < torch.tensor(counts)[:, None], is_image], dim=1)
+        is_text = torch.cat([torch.zeros(B, leading, dtype=torch.bool), is_text], dim=1)
+    widths = is_text + is_image * tokens_per_image  # of every token and image, 0 for padding
+    lengths = widths.sum(dim=1)
+    empty = (lengths == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"rows {empty} hold neither text nor images")
-    table = torch.full((B, max(map(len, rows))), PADDING)
-    for row, positions in enumerate(rows):
-        table[row, slice(len(positions)) if padding_side == "right" else slice(-len(positions), None)] = positions
+    starts = widths.cumsum(dim=1) - widths
+    if padding_side == "left":
+        starts += (lengths.max() - lengths)[:, None]
+    table = torch.full((B, int(lengths.max())), PADDING)
+    rows, columns = is_text.nonzero(as_tuple=True)
+    table[rows, starts[rows, columns]] = rows * L + columns - leading
+    rows, columns = is_image.nonzero(as_tuple=True)
+    places = starts[rows, columns, None] + torch.arange(tokens_per_image)  # (M, N)
+    table[rows[:, None], places] = B * L + torch.arange(images * tokens_per_image).view_as(places)
     return table
-
-
-def _splice(text: Tensor, is_image: Tensor, blocks: list[Tensor]) -> list[Tensor]:
-    """Text positions with the placeholders among them replaced by blocks."""
-    pieces, start = [], 0
-    for place, block in zip(is_image.nonzero().squeeze(1).tolist(), blocks, strict=True):
-        pieces += [text[start:place], block]
-        start = place + 1
-    return [*pieces, text[start:]]
 
 
 def _count_images(

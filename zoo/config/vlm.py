@@ -125,6 +125,9 @@ class VlmDataConfig:
         texts: What is said about ``fashion_scenes``: ``all``, ``captions`` or ``questions``.
         turns: Questions of a scene in one training conversation, at most. With several the image is read once for all
             of them, but earlier answers help with later ones. Validation asks each alone.
+        curriculum: Passes over the training conversations, or parts of one, in which only the easiest are drawn: for a
+            third of the time 8 %, then more and more of them. Easy are scenes of few items, or short conversations of
+            ``llava``. A new language model learns to look much sooner this way; default 0, none.
         download: Fetch Fashion-MNIST if it is not on this machine.
         bad_files: What to do with conversations that cannot be used, those that are too long among them: ``error``, or
             ``skip`` with a report.
@@ -147,6 +150,7 @@ class VlmDataConfig:
     val_samples: int | None = None
     texts: str = "all"
     turns: int = 1
+    curriculum: float = 0.0
     download: bool = True
     bad_files: str = "error"
     max_tokens: int | None = None
@@ -165,6 +169,7 @@ class VlmDataConfig:
             value = getattr(self, name)
             require_range(f"data.{name}", 1 if value is None else value, 1)
         require_range("data.turns", self.turns, 1)
+        require_range("data.curriculum", self.curriculum, 0)
         require_range("data.batch_size", self.batch_size, 1)
         require_range("data.workers", self.workers, 0)
         if self.val_split is None:

@@ -41,6 +41,7 @@ _logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES = 8000, 1000
 COLUMNS = ("image", "caption")
+DRAWN_TOGETHER = 50  # scenes that a process draws before it sends them: each parcel costs about as much as a scene
 FIRST_WORD = 1  # number of it; 0 is the padding
 
 
@@ -333,23 +334,29 @@ def _why_bad(file: Path) -> str | None:
 
 
 class _Drawing(Dataset):
-    """A scene is drawn when it is asked for."""
+    """Scenes are drawn when they are asked for, some at a time."""
 
     def __init__(self, scenes: FashionScenes) -> None:
         self.scenes = scenes
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return -(-len(self.scenes) // DRAWN_TOGETHER)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        scene = self.scenes[index]
-        return torch.from_numpy(scene.image), scene.caption
+    def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
+        """Images (n, H, W, 3) and their captions."""
+        first = index * DRAWN_TOGETHER
+        scenes = [self.scenes[number] for number in range(first, min(first + DRAWN_TOGETHER, len(self.scenes)))]
+        return torch.stack([torch.from_numpy(scene.image) for scene in scenes]), [scene.caption for scene in scenes]
 
 
 def _drawn(scenes: FashionScenes, workers: int) -> Iterator[tuple[Tensor, str]]:
     """Yields images (H, W, 3) and captions in order."""
     generator = torch.Generator()  # of its own, so that the caller's random numbers stay what they were
     loader = DataLoader(_Drawing(scenes), batch_size=None, num_workers=workers, generator=generator)
-    yield from require("tqdm").tqdm(
-        loader, f"drawing {scenes.split} scenes", unit="scene", disable=None, dynamic_ncols=True, leave=False
+    bar = require("tqdm").tqdm(
+        None, f"drawing {scenes.split} scenes", len(scenes), unit="scene", disable=None, dynamic_ncols=True, leave=False
     )
+    with bar:
+        for images, captions in loader:
+            yield from zip(images, captions, strict=True)
+            bar.update(len(captions))

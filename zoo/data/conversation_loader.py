@@ -5,6 +5,7 @@ and our kernels have no place where it could be set back. With rows of similar l
 padding.
 """
 
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,11 @@ from zoo.optional import require
 
 __all__ = ["ChatEncoder", "ConversationLoader", "TokenTable", "pick_images"]
 
+_logger = logging.getLogger(__name__)
+
 GROUPED = 50  # batches whose rows are sorted by length together
+EASIEST = 0.08  # share of the rows that a curriculum begins with: the scenes of one item are about as many
+HELD = 1 / 3  # part of a curriculum in which it stays there
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class ChatEncoder:
 
     def _encoded(self, data: Conversations, good: list[int], bad: dict[str, str]) -> Iterator[dict[str, Tensor]]:
         """Yields what can be encoded, and notes which numbers these are, and the reasons of the others."""
+        _logger.info("reading %d conversations of %s", len(data), data.place)
         bar = require("tqdm").tqdm(data.samples, "reading conversations", disable=None, leave=False)
         for number, sample in enumerate(bar):
             try:
@@ -146,15 +152,18 @@ class TokenTable:
         return TokenTable(self.tokens.to(device), self.answers.to(device), self.lengths, self.starts)
 
     def batch(self, rows: Tensor, pad_token: int) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` and ``labels`` (B, L) of rows (B,), which are on the CPU; padded right."""
+        """``input_ids``, ``attention_mask`` and ``labels`` (B, L) of rows (B,), which are on the CPU; padded right.
+
+        The mask stays on the CPU, where the model makes the order of its tokens from it without waiting for a GPU.
+        """
         lengths, device = self.lengths[rows], self.tokens.device
         columns = torch.arange(int(lengths.max()))
         kept = columns < lengths[:, None]
         places = torch.where(kept, self.starts[rows, None] + columns, 0)
-        places, kept = places.to(device), kept.to(device)
+        mask, places, kept = kept.long(), places.to(device), kept.to(device)
         ids = self.tokens[places].long()
         labels = torch.where(self.answers[places] & kept, ids, IGNORED)
-        return {"input_ids": ids.where(kept, pad_token), "attention_mask": kept.long(), "labels": labels}
+        return {"input_ids": ids.where(kept, pad_token), "attention_mask": mask, "labels": labels}
 
     def answer_counts(self) -> Tensor:
         """Tokens of answers in every row, int64 (N,)."""
@@ -183,6 +192,9 @@ class ConversationLoader:
         seed: Seed of the order.
         rank: Number of this process.
         world_size: Number of processes.
+        curriculum: Passes, or parts of one, in which rows are drawn from the easiest ones only, a share that stays
+            small at first and then grows evenly to all of them; easy are those of few items, or with few tokens where
+            items are not known. Such a pass does not have every row once. Default 0.
 
     Raises:
         ValueError: If training and there are fewer rows than one batch per process needs.
@@ -201,6 +213,7 @@ class ConversationLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        curriculum: float = 0.0,
     ) -> None:
         self.device = torch.device(device)
         self.table = table.to(device)
@@ -208,6 +221,10 @@ class ConversationLoader:
         images = torch.tensor([len(sample.images) for sample in data.samples])
         lengths = table.lengths + images * encoder.image_tokens
         self.batches = _Batches(lengths, table.answer_counts(), batch_size, training, seed, rank, world_size)
+        if curriculum:
+            difficulty = torch.tensor([sample.difficulty for sample in data.samples])
+            self.batches.curriculum = curriculum
+            self.batches.ranking = (difficulty if difficulty.any() else lengths).argsort(stable=True)
         self.in_memory = isinstance(data.images, Tensor)
         self.samples = data.samples
         if self.in_memory:
@@ -261,6 +278,8 @@ class _Batches(Sampler[list[int]]):
         count: How many batches a whole pass has.
         epoch: Number of the pass.
         first: The batch that it starts with.
+        curriculum: Passes that prefer easy rows.
+        ranking: Rows from easy to difficult, for a curriculum.
     """
 
     def __init__(
@@ -269,6 +288,7 @@ class _Batches(Sampler[list[int]]):
         self.lengths, self.answers, self.batch_size = lengths, answers, batch_size
         self.training, self.seed, self.rank, self.world_size = training, seed, rank, world_size
         self.epoch, self.first = 0, 0
+        self.curriculum, self.ranking = 0.0, torch.arange(len(lengths))
         together, rows = batch_size * world_size, len(lengths)
         if training and rows < together:
             raise ValueError(
@@ -298,9 +318,26 @@ class _Batches(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         together = self.batch_size * self.world_size
         order = torch.randperm(len(self.lengths), generator=generator)[: self.count * together]
-        groups = order.split(GROUPED * together)
-        order = torch.cat([group[self.lengths[group].argsort(stable=True)] for group in groups])
-        return order.view(self.count, together)[torch.randperm(self.count, generator=generator)]
+        batches = []
+        for number, group in enumerate(order.split(GROUPED * together)):
+            easy = self._easy(number, together)
+            if easy < len(self.lengths):
+                group = self.ranking[_drawn_below(easy, len(group), generator)]
+            ordered = group[self.lengths[group].argsort(stable=True)].view(-1, together)
+            batches.append(ordered[torch.randperm(len(ordered), generator=generator)])
+        return torch.cat(batches)
+
+    def _easy(self, group: int, together: int) -> int:
+        """From how many of the easiest rows a group of batches is drawn."""
+        done = (self.epoch + group * GROUPED / self.count) / self.curriculum if self.curriculum else 1.0
+        share = EASIEST + (1 - EASIEST) * min(max(done - HELD, 0.0) / (1 - HELD), 1.0)
+        return min(max(together, round(share * len(self.lengths))), len(self.lengths))
+
+
+def _drawn_below(limit: int, count: int, generator: torch.Generator) -> Tensor:
+    """Numbers from 0 to ``limit - 1`` at random, (count,), each as often as the others or once more."""
+    rounds = -(-count // limit)
+    return torch.cat([torch.randperm(limit, generator=generator) for _ in range(rounds)])[:count]
 
 
 class _ImagesOfRows(Dataset):

@@ -11,12 +11,15 @@ LLaVA's format is a JSON file with a list of objects::
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -39,10 +42,13 @@ __all__ = [
     "read_llava",
 ]
 
+_logger = logging.getLogger(__name__)
+
 PLACEHOLDER = "<image>"
 CAPTION = "caption"  # kind of a conversation
 ROLES = ("human", "gpt")
 TRAIN_SCENES, VAL_SCENES = 8000, 1000
+DRAWN_TOGETHER = 50  # scenes that a process draws before it sends them: each parcel costs about as much as a scene
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,14 @@ class Conversation:
         turns: Pairs of question and answer; questions have ``<image>`` once for every image.
         images: Numbers of the images.
         kind: What is asked, ``count`` for example, or ``caption``; empty if it is not known.
+        difficulty: Items of the scene; 0 if it is not known.
     """
 
     name: str
     turns: tuple[tuple[str, str], ...]
     images: tuple[int, ...] = ()
     kind: str = ""
+    difficulty: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,56 +256,77 @@ def draw_conversations(
         workers: Processes that draw; 0 draws in this one.
         seed: Of this choice.
     """
+    _logger.info("drawing %d scenes of %s", len(scenes), scenes.split)
     images = torch.empty((len(scenes), 3, scenes.size, scenes.size), dtype=torch.uint8)
     samples: list[Conversation] = []
     generator = torch.Generator().manual_seed(seed)
-    for index, (image, caption, questions) in enumerate(_drawn(scenes, workers)):
-        images[index] = image.permute(2, 0, 1)
+    for index, (image, told) in enumerate(_drawn(scenes, workers)):
+        images[index] = image
+        about = partial(_about, f"{scenes.split}-{index}", index, told.items)
         if texts != "questions":
-            samples.append(_about(f"{scenes.split}-{index}", index, [(DESCRIBE, caption)], CAPTION))
+            samples.append(about([(DESCRIBE, told.caption)], CAPTION))
         if texts == "captions":
             continue
+        questions = told.questions
         order = torch.randperm(len(questions), generator=generator).tolist() if turns > 1 else range(len(questions))
         asked = [questions[number] for number in order]
         for at in range(0, len(asked), turns):
             group = asked[at : at + turns]
             kind = group[0][0] if turns == 1 else ""
-            samples.append(_about(f"{scenes.split}-{index}", index, [turn[1:] for turn in group], kind))
+            samples.append(about([turn[1:] for turn in group], kind))
     place = f"the fashion scenes of {scenes.split}"
     return Conversations(tuple(samples), images, place, vocabulary())
 
 
-def _about(name: str, image: int, turns: Sequence[tuple[str, str]], kind: str) -> Conversation:
+def _about(name: str, image: int, items: int, turns: Sequence[tuple[str, str]], kind: str) -> Conversation:
     """A conversation about one image, which comes before the first question."""
     (question, answer), *others = turns
-    return Conversation(name, ((f"{PLACEHOLDER}\n{question}", answer), *others), (image,), kind)
+    return Conversation(name, ((f"{PLACEHOLDER}\n{question}", answer), *others), (image,), kind, items)
+
+
+class _Told(NamedTuple):
+    """What is known of a scene: its caption; kind, text and answer of every question; how many items it has."""
+
+    caption: str
+    questions: list[tuple[str, str, str]]
+    items: int
 
 
 class _Drawing(Dataset):
-    """A scene is drawn when it is asked for."""
+    """Scenes are drawn when they are asked for, some at a time."""
 
     def __init__(self, scenes: FashionScenes) -> None:
         self.scenes = scenes
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return -(-len(self.scenes) // DRAWN_TOGETHER)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str, list[tuple[str, str, str]]]:
-        """Image (H, W, 3), caption, and kind, text and answer of every question."""
-        scene: Scene = self.scenes[index]
-        questions = [(question.kind, question.text, question.answer) for question in scene.questions]
-        return torch.from_numpy(scene.image), scene.caption, questions
+    def __getitem__(self, index: int) -> tuple[Tensor, list[_Told]]:
+        """Images (n, 3, H, W), and what is told of each."""
+        first = index * DRAWN_TOGETHER
+        scenes = [self.scenes[number] for number in range(first, min(first + DRAWN_TOGETHER, len(self.scenes)))]
+        images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+        return images, [_told(scene) for scene in scenes]
 
 
-def _drawn(scenes: FashionScenes, workers: int) -> Iterator[tuple[Tensor, str, list[tuple[str, str, str]]]]:
-    """Yields the scenes in order."""
+def _told(scene: Scene) -> _Told:
+    questions = [(question.kind, question.text, question.answer) for question in scene.questions]
+    return _Told(scene.caption, questions, len(scene.labels))
+
+
+def _drawn(scenes: FashionScenes, workers: int) -> Iterator[tuple[Tensor, _Told]]:
+    """Yields image (3, H, W) and text of the scenes in order."""
     generator = torch.Generator()  # of its own, so that the caller's random numbers stay what they were
     loader = DataLoader(
         _Drawing(scenes), batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=generator
     )
-    yield from require("tqdm").tqdm(
-        loader, f"drawing {scenes.split} scenes", unit="scene", disable=None, dynamic_ncols=True, leave=False
+    bar = require("tqdm").tqdm(
+        None, f"drawing {scenes.split} scenes", len(scenes), unit="scene", disable=None, dynamic_ncols=True, leave=False
     )
+    with bar:
+        for images, told in loader:
+            yield from zip(images, told, strict=True)
+            bar.update(len(told))
 
 
 def _unchanged(sample: Any) -> Any:

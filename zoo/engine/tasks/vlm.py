@@ -1,6 +1,7 @@
 """Training of generative vision-language models on conversations about images."""
 
 import csv
+import logging
 import os
 import textwrap
 from collections.abc import Callable, Mapping
@@ -30,6 +31,8 @@ from zoo.plots import plot_images
 
 __all__ = ["Vlm"]
 
+_logger = logging.getLogger(__name__)
+
 SHEET, TABLE = "answers.png", "answers.csv"
 SHOWN, SHEET_COLUMNS, CAPTION_WIDTH = 24, 6, 26  # questions on the sheet, in a row; characters in a line above one
 
@@ -52,10 +55,12 @@ class Vlm(Task):
             *(train, table, self.encoder, self.validation.transform, config.data.batch_size, config.data.workers),
             training=True,
             seed=config.seed,
+            curriculum=config.data.curriculum,
             **place.shares,
         )
         share = BatchShare(place.rank, place.world_size, place.generator)
         self.shift = partial(random_shift, padding=config.augment.crop_padding, share=share)
+        self.has_begun = False
         self._choose_goal()
 
     def _choose_goal(self) -> None:
@@ -67,6 +72,13 @@ class Vlm(Task):
             kinds = self.validation.kind_columns
             self.panels["right (%)"] = ("accuracy", "blank_accuracy", "token_accuracy")
             self.panels |= {"right answers by kind (%)": kinds} if kinds else {}
+
+    def begin(self, epoch: int, average: nn.Module | None) -> None:
+        if not self.has_begun:
+            loader = self.train_loader
+            size = f"{len(loader.samples)} conversations in batches of {self.config.data.batch_size}"
+            _logger.info("training on %s; on a GPU kernels are compiled first", size)
+        self.has_begun = True
 
     @staticmethod
     def create_model(card: ModelCard) -> nn.Module:
