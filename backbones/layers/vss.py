@@ -35,6 +35,7 @@ Stem = Literal["patch", "conv"]
 Reduction = Literal["merge", "conv2x2", "conv3x3"]
 
 
+@register_notrace_module  # checks the number of dimensions, which FX cannot follow
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm of maps (B, H, W, C)."""
 
