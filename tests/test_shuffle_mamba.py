@@ -180,7 +180,9 @@ def test_register_checkpoint_fits_other_sizes_and_poolings(monkeypatch):
 
 
 def test_models_shuffle_as_published():
-    assert zoo.create_model("shuffle_mamba_nano", device="meta").layer_shuffle.rate == 0.5
+    assert zoo.create_model("shufflemamba_small_patch16_224", device="meta").layer_shuffle.rate == 0.5
+    assert zoo.create_model("shufflemamba_reg_small_patch16_224", device="meta").layer_shuffle.rate == 0.1
+    assert zoo.create_model("shuffle_mamba_nano", device="meta").layer_shuffle.rate == 0.1  # ours
 
 
 @pytest.mark.parametrize(
