@@ -5,13 +5,14 @@ G groups of channels that share B and C, K scan paths, P steps of a path, W widt
 """
 
 from zoo.kernels._backend import Backend, backend, use_backend
-from zoo.kernels.add_norm import add_layer_norm, add_rms_norm
+from zoo.kernels.add_norm import MAX_NORM_CHANNELS, add_layer_norm, add_rms_norm
 from zoo.kernels.causal_conv1d import causal_conv1d
 from zoo.kernels.selective_scan import LARGEST_WINDOW, selective_scan, selective_scan_fn
 from zoo.kernels.ssd import ssd
 
 __all__ = [
     "LARGEST_WINDOW",
+    "MAX_NORM_CHANNELS",
     "Backend",
     "add_layer_norm",
     "add_rms_norm",

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from zoo.backbones.layers import add_norm as add_norm_module
 from zoo.backbones.layers import layer_norm as layer_norm_module
 from zoo.backbones.layers.add_norm import add_norm
-from zoo.backbones.layers.layer_norm import MAX_CHANNELS, LayerNorm, _layer_norm
+from zoo.backbones.layers.layer_norm import LayerNorm, _layer_norm
 from zoo.backbones.layers.vss import VSSBlock, make_norm
+from zoo.kernels import MAX_NORM_CHANNELS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -46,7 +47,7 @@ def test_parameters_are_those_of_torchs(device):
         torch.testing.assert_close(ours.state_dict()[name], tensor)
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 5, 33), (2, MAX_CHANNELS), (2, MAX_CHANNELS + 1)])
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 5, 33), (2, MAX_NORM_CHANNELS), (2, MAX_NORM_CHANNELS + 1)])
 def test_outputs_and_gradients_are_torchs(shape, device):
     ours, theirs = pair(shape[-1], device)
     x = torch.randn(shape, device=device, requires_grad=True)

@@ -80,6 +80,7 @@ def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, 
         ValueError: If no run is finished, two of them have the same settings, or their tasks differ.
     """
     seeds, tasks = {}, set()  # rows of the same settings but for the seed, by seed
+    own_seed = load_config(recipe).seed
     for run in map(Path, runs):
         if not (run / "config.yaml").is_file():
             raise FileNotFoundError(f"{run} holds no run: there is no config.yaml")
@@ -88,21 +89,17 @@ def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, 
             _logger.warning("%s is left out: %d of %d epochs", run, len(log), config.optim.epochs)
             continue
         tasks.add(config.task)
-        settings = asdict(config)
-        command = training_command({**settings, "seed": load_config(recipe).seed}, recipe)
-        row = _row(run, config, log, recipe)
-        if row["command"] in {other["command"] for other in seeds.get(command, {}).values()}:
-            raise ValueError(f"several runs have the same settings: {row['command']}")
-        seeds.setdefault(command, {})[config.seed] = row
+        group = seeds.setdefault(training_command({**asdict(config), "seed": own_seed}, recipe), {})
+        if config.seed in group:
+            raise ValueError(f"several runs have the same settings: {group[config.seed]['command']}")
+        group[config.seed] = _row(run, config, log, recipe)
     if not seeds:
         raise ValueError(f"none of the runs is finished: {', '.join(map(str, runs))}")
     if len(tasks) > 1:
         raise ValueError(f"runs of several tasks have no scores in common: {', '.join(sorted(tasks))}")
-    rows = (
-        _means(seeds)
-        if any(len(group) > 1 for group in seeds.values())
-        else [row for group in seeds.values() for row in group.values()]
-    )
+    rows = [row for group in seeds.values() for row in group.values()]
+    if len(rows) > len(seeds):
+        rows = _means(seeds)
     goal = find_task(tasks.pop()).goal
     return sorted(rows, key=lambda row: (-row[goal], row["model"]))
 

@@ -103,7 +103,7 @@ def _summary(result: TrainResult) -> str:
         f"Best {result.goal_label}: {result.best[result.goal]:.2f} after epoch {result.best['epoch']}",
         f"Weights: {result.output / 'best.safetensors'}   log: {result.output / 'log.csv'}",
     ]
-    if peak := torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0:
+    if peak := torch.cuda.max_memory_allocated():  # 0 without a GPU
         lines.append(f"Peak memory of this process's GPU: {peak / 2**30:.2f} GiB")
     return "\n".join(lines)
 

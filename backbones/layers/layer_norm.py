@@ -5,11 +5,10 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from zoo.kernels import add_layer_norm
+from zoo.backbones.layers.autocast import autocast_dtype
+from zoo.kernels import MAX_NORM_CHANNELS, add_layer_norm
 
 __all__ = ["LayerNorm", "normed_dtype", "plain_on_cpu"]
-
-MAX_CHANNELS = 8192  # of the kernel
 
 
 class LayerNorm(nn.LayerNorm):
@@ -42,10 +41,10 @@ class LayerNorm(nn.LayerNorm):
 
 def normed_dtype(device: str, dtype: torch.dtype, narrow: bool) -> torch.dtype:
     """Dtype of normed rows on a type of device, if it is ``dtype`` without autocast."""
-    # There is no autocast for meta tensors, and autocast leaves float64 alone.
-    if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    cast = autocast_dtype(device, dtype)
+    if cast is None:
         return dtype
-    return torch.get_autocast_dtype(device) if narrow else torch.float32
+    return cast if narrow else torch.float32
 
 
 def plain_on_cpu(dtype: torch.dtype, *tensors: Tensor) -> bool:
@@ -64,6 +63,6 @@ def _layer_norm(
 ) -> Tensor:
     """A single node for FX, which chooses the dtype when it runs."""
     dtype = normed_dtype(x.device.type, x.dtype, narrow)
-    if plain_on_cpu(dtype, x, weight) or shape[0] > MAX_CHANNELS:
+    if plain_on_cpu(dtype, x, weight) or shape[0] > MAX_NORM_CHANNELS:
         return F.layer_norm(x, shape, weight, bias, eps).to(dtype)
     return add_layer_norm(None, x, weight, bias, eps, dtype)[0]

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor
 
+from zoo.backbones.layers.autocast import autocast_dtype
+
 __all__ = ["project_steps", "stacked_linear"]
 
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that tensor cores' kernels read at a time
@@ -40,19 +42,12 @@ def stacked_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Tokens (S, B, L, D) of S sets through the weights (S, R, D) of theirs, (S, B, L, R)."""
     if len(weight) == 1:
         return F.linear(x[0], weight[0])[None]
-    rows, dtype = x.flatten(1, 2), _autocast_dtype(x)
+    rows, dtype = x.flatten(1, 2), autocast_dtype(x.device.type, x.dtype)
     if dtype is not None:  # here, as nothing is narrowed in a backward
         rows, weight = rows.to(dtype), weight.to(dtype)
     if torch.is_grad_enabled() and not torch.jit.is_tracing():
         return _Products.apply(rows, weight).unflatten(1, x.shape[1:3])
     return torch.bmm(rows, weight.transpose(1, 2)).unflatten(1, x.shape[1:3])
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # there is no autocast for meta tensors
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 @torch.fx.wrap

@@ -17,9 +17,9 @@ float32 (float64 for float64), and the centred rows are what is squared: no digi
 import torch
 from torch import Tensor
 
-from zoo.kernels.add_norm import op  # noqa: F401  (registers torch.ops.zoo.add_norm)
+from zoo.kernels.add_norm.op import MAX_NORM_CHANNELS  # and torch.ops.zoo.add_norm is registered
 
-__all__ = ["add_layer_norm", "add_rms_norm"]
+__all__ = ["MAX_NORM_CHANNELS", "add_layer_norm", "add_rms_norm"]
 
 
 def add_rms_norm(

@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo.kernels.registration import FLOAT_DTYPES, check_dtypes_and_devices, expect_shape, implementation, show
 
 OP = "add_norm"
-MAX_CHANNELS = 8192  # the Triton kernels keep whole rows in registers
+MAX_NORM_CHANNELS = 8192  # the Triton kernels keep whole rows in registers
 
 
 def check_inputs(
@@ -31,8 +31,8 @@ def check_inputs(
     if stream.dim() == 0 or 0 in stream.shape:
         raise ValueError(f"{OP}: stream {show(stream.shape)} must have shape (..., D) and at least one element")
     D = stream.shape[-1]
-    if D > MAX_CHANNELS:
-        raise ValueError(f"{OP}: stream has {D} channels; at most {MAX_CHANNELS} are supported")
+    if D > MAX_NORM_CHANNELS:
+        raise ValueError(f"{OP}: stream has {D} channels; at most {MAX_NORM_CHANNELS} are supported")
     expect_shape(OP, "update", update, "..., D", tuple(stream.shape))
     expect_shape(OP, "weight", weight, "D", (D,))
     expect_shape(OP, "bias", bias, "D", (D,))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo.kernels.registration import path_length, without_autocast
 from zoo.kernels.selective_scan import cpu_loops as loops
-from zoo.kernels.selective_scan.op import num_chunks, paths_first
+from zoo.kernels.selective_scan.op import new_in_order_of, num_chunks
 
 __all__ = ["backward", "forward"]
 
@@ -211,7 +211,7 @@ def backward(
     batch, K, N, channels = call.batch, call.K, call.N, call.channels
     parts = call.sizes.group_slabs  # every slab of a group has its own sums over channels
 
-    du, ddelta = (new(x.transpose(0, 1).shape).transpose(0, 1) if paths_first(x) else new(x.shape) for x in (u, delta))
+    du, ddelta = (new_in_order_of(x, new) for x in (u, delta))
     dz = None if z is None else new(z.shape)
     dB, dC = (new(parts * batch, *x.shape[1:]) for x in (B, C))
     dA, dstate = torch.empty(batch, K, N, channels), call.states_of(grad_last_state)

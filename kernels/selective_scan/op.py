@@ -9,6 +9,8 @@ Besides output and last state the op returns the states at chunk boundaries, (B,
 backward needs to recompute the others. They are empty unless ``save_states`` is set.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -32,11 +34,14 @@ def paths_first(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) > x.stride(0)
 
 
-def paths_in_order_of(x: Tensor, like: Tensor) -> Tensor:
-    """x, contiguous but for the order of batch and paths, which is that of ``like`` (B, K, ...)."""
-    if like.dim() > 3 and paths_first(like):
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    return x.contiguous()
+def new_in_order_of(x: Tensor, new: Callable[[torch.Size], Tensor]) -> Tensor:
+    """What ``new`` makes of a shape, with the shape of x (B, K, ...) and its order of batch and paths in memory."""
+    return new(x.transpose(0, 1).shape).transpose(0, 1) if paths_first(x) else new(x.shape)
+
+
+def in_order_of(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of x (B, K, ...), contiguous but for the order of batch and paths, which is that of x."""
+    return grad.transpose(0, 1).contiguous().transpose(0, 1) if paths_first(x) else grad.contiguous()
 
 
 def num_chunks(steps: int) -> int:
@@ -194,7 +199,7 @@ def selective_scan_backward_op(
         u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, as_flags(reverse), window, complete,
     )  # fmt: skip
     d_u, d_delta, *others = grads
-    return [paths_in_order_of(d_u, u), paths_in_order_of(d_delta, delta), *(grad.contiguous() for grad in others)]
+    return [in_order_of(u, d_u), in_order_of(delta, d_delta), *(grad.contiguous() for grad in others)]
 
 
 @selective_scan_backward_op.register_fake
@@ -218,7 +223,7 @@ def _(
     complete,
 ):
     others = [x.new_empty(x.shape) for x in (A, B, C, D, z, delta_bias, initial_state) if x is not None]
-    return [*(paths_in_order_of(x.new_empty(x.shape), x) for x in (u, delta)), *others]
+    return [*(new_in_order_of(x, x.new_empty) for x in (u, delta)), *others]
 
 
 def _setup_context(ctx, inputs, output):

@@ -5,6 +5,8 @@ There are only as many programs as run at once, so that states parked in memory 
 atomics, so two runs give the same bits.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import contiguous_channels, device_guard, multiprocessors, runs_ptx
 from zoo.kernels.registration import accumulate_dtype, path_length
-from zoo.kernels.selective_scan.op import CHUNK, num_chunks, paths_first
+from zoo.kernels.selective_scan.op import CHUNK, new_in_order_of, num_chunks, paths_first
 from zoo.kernels.selective_scan.triton_common import (
     block_shape,
     offset_type,
@@ -79,13 +81,16 @@ def backward(
     sum_u = shared == 1 and (K > 1 or not complete) and not side
     sum_y = z is not None and (K > 1 or not complete)
 
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def new(*shape: int | torch.Size, dtype: torch.dtype = dtype) -> Tensor:
         """A buffer that kernels fill; if a table does not visit every token, it starts as zeros."""
         return (torch.empty if complete else torch.zeros)(*shape, dtype=dtype, device=u.device)
 
-    du = new(batch, K if side else shared, L, channels, dtype=u.dtype if complete or not sum_u else dtype)
+    # Where paths have programs of their own that read one u, their gradients of it are added up afterwards.
+    split_u = side and shared == 1
+    new_u = functools.partial(new, dtype=u.dtype if complete or not sum_u else dtype)
+    du = new_u(batch, K, L, channels) if split_u else new_in_order_of(u, new_u)
     du_sum = (new(batch, L, channels) if complete else du) if sum_u else None
-    ddelta = new(*delta.shape, dtype=delta.dtype)  # in another order of the paths, the same memory
+    ddelta = new_in_order_of(delta, functools.partial(new, dtype=delta.dtype))
     dz = None if z is None else new(batch, L, channels, dtype=z.dtype)
     y_sum = new(batch, L, channels) if sum_y else None
     partial = new(blocks, batch, K, L, groups, 2, block_n)
@@ -102,7 +107,6 @@ def backward(
     scratch = None if lot or not parked else u.new_empty(programs, parked, dtype=dtype)
 
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    u_paths_first, delta_paths_first = shared > 1 and paths_first(u), paths_first(delta)
     packed = pack_projections(B, C, dtype, block_n)
     u, delta, grad_out = contiguous_channels(u), contiguous_channels(delta), contiguous_channels(grad_out)
     z = None if z is None else contiguous_channels(z)
@@ -144,7 +148,7 @@ def backward(
                 HAS_ENTERING=entering is not None,
                 HAS_DINITIAL=dinitial is not None, SPLIT=splits > 1, SIDE=side, SUM_U=sum_u, SUM_Y=sum_y,
                 COMPLETE=complete, LOT=lot, PTX=runs_ptx(u.device), MATRIX=matrix,
-                U_PATHS_FIRST=u_paths_first, PATHS_FIRST=delta_paths_first, **options,
+                U_PATHS_FIRST=paths_first(du), PATHS_FIRST=paths_first(ddelta), **options,
             )  # fmt: skip
         rows, block_rows = batch * K * L * groups, 256 // block_n
         add_partials_kernel[(triton.cdiv(rows, block_rows),)](
@@ -153,12 +157,8 @@ def backward(
     if not complete and z is not None:
         gate = torch.sigmoid(z.to(dtype))
         dz = grad_out.to(dtype) * y_sum * gate * (1 + z.to(dtype) * (1 - gate))
-    if side and shared == 1:
+    if split_u:
         du = add_paths(du).unsqueeze(1)
-    du, ddelta = (
-        x.view(K, batch, L, channels).transpose(0, 1) if moved else x
-        for x, moved in ((du, u_paths_first), (ddelta, delta_paths_first))
-    )
     dA = dA.sum((0, 2)).transpose(1, 2)
     dD, dbias = (None if x is None else x.sum((0, 2)) for x in (dD, dbias))
     dinitial = None if dinitial is None else dinitial.transpose(2, 3)

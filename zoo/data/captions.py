@@ -5,7 +5,7 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from zoo.config import AugmentConfig, ClipAugmentConfig, ClipDataConfig
 from zoo.data.files import FileLoader, report_bad_files, why_unreadable
 from zoo.data.loaders import Preprocessing, image_transform
 from zoo.data.memory import TensorData, TensorLoader
-from zoo.data.scenes import FashionScenes, split_words, vocabulary
+from zoo.data.scenes import FashionScenes, Scene, drawn, split_words, vocabulary
 from zoo.optional import require
 
 __all__ = [
@@ -41,7 +41,6 @@ _logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES = 8000, 1000
 COLUMNS = ("image", "caption")
-DRAWN_TOGETHER = 50  # scenes that a process draws before it sends them: each parcel costs about as much as a scene
 FIRST_WORD = 1  # number of it; 0 is the padding
 
 
@@ -258,7 +257,7 @@ def draw_captioned(scenes: FashionScenes, workers: int = 0) -> CaptionedImages:
     """
     images = torch.empty((len(scenes), 3, scenes.size, scenes.size), dtype=torch.uint8)
     captions = []
-    for index, (image, caption) in enumerate(_drawn(scenes, workers)):
+    for index, (image, caption) in enumerate(drawn(scenes, _caption, workers)):
         images[index] = image.permute(2, 0, 1)
         captions.append(caption)
     numbers = torch.arange(len(scenes))
@@ -333,30 +332,5 @@ def _why_bad(file: Path) -> str | None:
     return why_unreadable(file) if file.is_file() else "there is no such file"
 
 
-class _Drawing(Dataset):
-    """Scenes are drawn when they are asked for, some at a time."""
-
-    def __init__(self, scenes: FashionScenes) -> None:
-        self.scenes = scenes
-
-    def __len__(self) -> int:
-        return -(-len(self.scenes) // DRAWN_TOGETHER)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
-        """Images (n, H, W, 3) and their captions."""
-        first = index * DRAWN_TOGETHER
-        scenes = [self.scenes[number] for number in range(first, min(first + DRAWN_TOGETHER, len(self.scenes)))]
-        return torch.stack([torch.from_numpy(scene.image) for scene in scenes]), [scene.caption for scene in scenes]
-
-
-def _drawn(scenes: FashionScenes, workers: int) -> Iterator[tuple[Tensor, str]]:
-    """Yields images (H, W, 3) and captions in order."""
-    generator = torch.Generator()  # of its own, so that the caller's random numbers stay what they were
-    loader = DataLoader(_Drawing(scenes), batch_size=None, num_workers=workers, generator=generator)
-    bar = require("tqdm").tqdm(
-        None, f"drawing {scenes.split} scenes", len(scenes), unit="scene", disable=None, dynamic_ncols=True, leave=False
-    )
-    with bar:
-        for images, captions in loader:
-            yield from zip(images, captions, strict=True)
-            bar.update(len(captions))
+def _caption(scene: Scene) -> str:
+    return scene.caption

@@ -12,22 +12,20 @@ LLaVA's format is a JSON file with a list of objects::
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from zoo.config import VlmDataConfig
 from zoo.data.captions import words_of
 from zoo.data.files import report_bad_files, why_unreadable
-from zoo.data.scenes import FashionScenes, Scene, vocabulary
+from zoo.data.scenes import FashionScenes, Scene, drawn, vocabulary
 from zoo.data.scenes.language import DESCRIBE
 from zoo.optional import require
 
@@ -48,7 +46,6 @@ PLACEHOLDER = "<image>"
 CAPTION = "caption"  # kind of a conversation
 ROLES = ("human", "gpt")
 TRAIN_SCENES, VAL_SCENES = 8000, 1000
-DRAWN_TOGETHER = 50  # scenes that a process draws before it sends them: each parcel costs about as much as a scene
 
 
 @dataclass(frozen=True)
@@ -260,8 +257,8 @@ def draw_conversations(
     images = torch.empty((len(scenes), 3, scenes.size, scenes.size), dtype=torch.uint8)
     samples: list[Conversation] = []
     generator = torch.Generator().manual_seed(seed)
-    for index, (image, told) in enumerate(_drawn(scenes, workers)):
-        images[index] = image
+    for index, (image, told) in enumerate(drawn(scenes, _told, workers)):
+        images[index] = image.permute(2, 0, 1)
         about = partial(_about, f"{scenes.split}-{index}", index, told.items)
         if texts != "questions":
             samples.append(about([(DESCRIBE, told.caption)], CAPTION))
@@ -292,42 +289,6 @@ class _Told(NamedTuple):
     items: int
 
 
-class _Drawing(Dataset):
-    """Scenes are drawn when they are asked for, some at a time."""
-
-    def __init__(self, scenes: FashionScenes) -> None:
-        self.scenes = scenes
-
-    def __len__(self) -> int:
-        return -(-len(self.scenes) // DRAWN_TOGETHER)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, list[_Told]]:
-        """Images (n, 3, H, W), and what is told of each."""
-        first = index * DRAWN_TOGETHER
-        scenes = [self.scenes[number] for number in range(first, min(first + DRAWN_TOGETHER, len(self.scenes)))]
-        images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
-        return images, [_told(scene) for scene in scenes]
-
-
 def _told(scene: Scene) -> _Told:
     questions = [(question.kind, question.text, question.answer) for question in scene.questions]
     return _Told(scene.caption, questions, len(scene.labels))
-
-
-def _drawn(scenes: FashionScenes, workers: int) -> Iterator[tuple[Tensor, _Told]]:
-    """Yields image (3, H, W) and text of the scenes in order."""
-    generator = torch.Generator()  # of its own, so that the caller's random numbers stay what they were
-    loader = DataLoader(
-        _Drawing(scenes), batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=generator
-    )
-    bar = require("tqdm").tqdm(
-        None, f"drawing {scenes.split} scenes", len(scenes), unit="scene", disable=None, dynamic_ncols=True, leave=False
-    )
-    with bar:
-        for images, told in loader:
-            yield from zip(images, told, strict=True)
-            bar.update(len(told))
-
-
-def _unchanged(sample: Any) -> Any:
-    return sample

@@ -4,18 +4,15 @@ A scene of 256 pixels takes 4 ms to draw, longer than a small model on a GPU tak
 Items do not overlap, so one byte a pixel says which of them is seen there, and the masks of both tasks follow from it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from PIL.ImageColor import getrgb
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from zoo.data.dense.classes import Colors
-from zoo.data.scenes import ITEM_NAMES, FashionScenes
+from zoo.data.scenes import ITEM_NAMES, FashionScenes, Scene, drawn
 from zoo.draw import COLORS
-from zoo.optional import require
 
 __all__ = ["PALETTE", "SCENE_CLASSES", "DrawnScenes", "ScenesWithBoxes", "ScenesWithMasks", "draw_scenes"]
 
@@ -23,7 +20,7 @@ SCENE_CLASSES = ("background", *ITEM_NAMES)
 PALETTE = ((0, 0, 0), *map(getrgb, COLORS))  # as detections are drawn
 NOBODY = 255  # number of the item in a pixel of the background
 
-Sample = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # image, owners, boxes and labels of a scene
+Owned = tuple[np.ndarray, np.ndarray, np.ndarray]  # owners, boxes and labels of a scene
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +145,8 @@ def draw_scenes(scenes: FashionScenes, workers: int = 0) -> DrawnScenes:
     images = np.empty((count, side, side, 3), np.uint8)
     owners = np.empty((count, side, side), np.uint8)
     boxes, labels = [], []
-    for index, (image, owner, own_boxes, own_labels) in enumerate(_drawn(scenes, workers)):
-        images[index], owners[index] = image, owner
+    for index, (image, (owner, own_boxes, own_labels)) in enumerate(drawn(scenes, _owned, workers)):
+        images[index], owners[index] = image.numpy(), owner
         boxes.append(own_boxes)
         labels.append(own_labels)
     images.setflags(write=False)  # a step of augmentation that worked in place would change later epochs
@@ -157,33 +154,8 @@ def draw_scenes(scenes: FashionScenes, workers: int = 0) -> DrawnScenes:
     return DrawnScenes(images, owners, boxes, labels)
 
 
-class _Drawing(Dataset):
-    """A scene is drawn when it is asked for."""
-
-    def __init__(self, scenes: FashionScenes) -> None:
-        self.scenes = scenes
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, index: int) -> Sample:
-        scene = self.scenes[index]
-        owners = np.full(scene.semantic.shape, NOBODY, np.uint8)
-        for number, mask in enumerate(scene.masks):
-            owners[mask] = number
-        return scene.image, owners, scene.boxes, scene.labels
-
-
-def _drawn(scenes: FashionScenes, workers: int) -> Iterator[Sample]:
-    """Yields the scenes in order."""
-    generator = torch.Generator()  # of its own, so that the caller's random numbers stay what they were
-    loader = DataLoader(
-        _Drawing(scenes), batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=generator
-    )
-    yield from require("tqdm").tqdm(
-        loader, f"drawing {scenes.split} scenes", unit="scene", disable=None, dynamic_ncols=True, leave=False
-    )
-
-
-def _unchanged(sample: Sample) -> Sample:
-    return sample
+def _owned(scene: Scene) -> Owned:
+    owners = np.full(scene.semantic.shape, NOBODY, np.uint8)
+    for number, mask in enumerate(scene.masks):
+        owners[mask] = number
+    return owners, scene.boxes, scene.labels

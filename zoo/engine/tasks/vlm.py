@@ -60,8 +60,9 @@ class Vlm(Task):
         )
         share = BatchShare(place.rank, place.world_size, place.generator)
         self.shift = partial(random_shift, padding=config.augment.crop_padding, share=share)
-        self.has_begun = False
         self._choose_goal()
+        size = f"{len(self.train_loader.samples)} conversations in batches of {config.data.batch_size}"
+        _logger.info("training on %s; on a GPU kernels are compiled first", size)
 
     def _choose_goal(self) -> None:
         self.columns = self.validation.columns
@@ -72,13 +73,6 @@ class Vlm(Task):
             kinds = self.validation.kind_columns
             self.panels["right (%)"] = ("accuracy", "blank_accuracy", "token_accuracy")
             self.panels |= {"right answers by kind (%)": kinds} if kinds else {}
-
-    def begin(self, epoch: int, average: nn.Module | None) -> None:
-        if not self.has_begun:
-            loader = self.train_loader
-            size = f"{len(loader.samples)} conversations in batches of {self.config.data.batch_size}"
-            _logger.info("training on %s; on a GPU kernels are compiled first", size)
-        self.has_begun = True
 
     @staticmethod
     def create_model(card: ModelCard) -> nn.Module:
