@@ -111,7 +111,7 @@ def _measure_largest(learn: Learn, device: torch.device) -> int:
         raise
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    allowed = torch.cuda.get_per_process_memory_fraction(device.index) * total  # a bare cuda is refused
     available = MARGIN * min(free + torch.cuda.memory_reserved(device), allowed)
     per_image = max(more - few, 1) / (SMALL_BATCHES[1] - SMALL_BATCHES[0])
     return int(SMALL_BATCHES[0] + (available - few) / per_image)
