@@ -398,8 +398,9 @@ def _draw_panel(axes: Any, records: Sequence[Row], column: str) -> None:
             ends.append((*points[-1], name, colour))
     batch_size = f"{column.partition('_')[0]}_batch_size"
     batches = {row["img_size"]: row[batch_size] for row in records if batch_size in row}
-    axes.set(xscale="log", yscale="log", xlabel="image side (pixels)", title=PANEL_TITLES[column])
-    axes.set_xticks(list(batches), [f"{size}\nbatch {batch}" for size, batch in batches.items()])
+    label = "image side (pixels), and images in a batch"
+    axes.set(xscale="log", yscale="log", xlabel=label, title=PANEL_TITLES[column])
+    axes.set_xticks(list(batches), [f"{size}\n{batch}" for size, batch in batches.items()])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
