@@ -7,6 +7,7 @@ G groups of channels that share B and C, K scan paths, P steps of a path, W widt
 from zoo.kernels._backend import Backend, backend, use_backend
 from zoo.kernels.add_norm import MAX_NORM_CHANNELS, add_layer_norm, add_rms_norm
 from zoo.kernels.causal_conv1d import causal_conv1d
+from zoo.kernels.custom_op import custom_op
 from zoo.kernels.selective_scan import LARGEST_WINDOW, selective_scan, selective_scan_fn
 from zoo.kernels.ssd import ssd
 
@@ -18,6 +19,7 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "causal_conv1d",
+    "custom_op",
     "selective_scan",
     "selective_scan_fn",
     "ssd",

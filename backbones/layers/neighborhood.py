@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.backbones.scans.memory import remember_tables
+from zoo.kernels import custom_op
 
 __all__ = ["axis_windows", "neighborhood_aggregate", "neighborhood_maps", "neighborhood_scores"]
 
@@ -174,7 +175,7 @@ def _without_autocast(function: Callable) -> Callable:
     return guarded
 
 
-@torch.library.custom_op("zoo::neighborhood_maps", mutates_args=())
+@custom_op("neighborhood_maps")
 @_without_autocast
 def _maps(q: Tensor, k: Tensor, bias: Tensor | None, kernel_size: int, dilation: list[int], softmax: bool) -> Tensor:
     """Scores (B, n, H, W, K^2), softmaxed or not."""
@@ -190,7 +191,7 @@ def _maps(q: Tensor, k: Tensor, bias: Tensor | None, kernel_size: int, dilation:
     return maps
 
 
-@torch.library.custom_op("zoo::neighborhood_maps_backward", mutates_args=())
+@custom_op("neighborhood_maps_backward")
 @_without_autocast
 def _maps_backward(
     grad: Tensor,
@@ -251,7 +252,7 @@ def _gradients_of_maps(ctx, grad):
 _maps.register_autograd(_gradients_of_maps, setup_context=_keep_for_maps)
 
 
-@torch.library.custom_op("zoo::neighborhood_aggregate", mutates_args=())
+@custom_op("neighborhood_aggregate")
 @_without_autocast
 def _aggregate(maps: Tensor, values: Tensor, kernel_size: int, dilation: list[int]) -> Tensor:
     """Weighted sums of values, (B, H, W, n, c)."""
@@ -265,7 +266,7 @@ def _aggregate(maps: Tensor, values: Tensor, kernel_size: int, dilation: list[in
     return out
 
 
-@torch.library.custom_op("zoo::neighborhood_aggregate_backward", mutates_args=())
+@custom_op("neighborhood_aggregate_backward")
 @_without_autocast
 def _aggregate_backward(
     grad: Tensor, maps: Tensor, values: Tensor, kernel_size: int, dilation: list[int]

@@ -12,6 +12,7 @@ more tensors to write, to keep and to read. FLOPs are not counted, as torch coun
 import torch
 from torch import Tensor
 
+from zoo.kernels.custom_op import custom_op
 from zoo.kernels.registration import FLOAT_DTYPES, check_dtypes_and_devices, expect_shape, implementation, show
 
 OP = "add_norm"
@@ -59,7 +60,7 @@ def by_sample(scale: Tensor, x: Tensor) -> Tensor:
     return scale.view(-1, *[1] * (x.dim() - 1))
 
 
-@torch.library.custom_op("zoo::add_norm", mutates_args=())
+@custom_op("add_norm")
 def add_norm_op(
     stream: Tensor,
     update: Tensor | None,
@@ -83,7 +84,7 @@ def _(stream, update, weight, bias, scale, eps, dtype, centered):
     return [normed] if update is None else [normed, stream.new_empty(stream.shape, dtype=_sum_dtype(stream, update))]
 
 
-@torch.library.custom_op("zoo::add_norm_backward", mutates_args=())
+@custom_op("add_norm_backward")
 def add_norm_backward_op(
     grad_normed: Tensor,
     grad_stream: Tensor | None,

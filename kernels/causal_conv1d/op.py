@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.kernels.custom_op import custom_op
 from zoo.kernels.registration import FLOAT_DTYPES, as_flags, implementation, show
 
 MAX_WIDTH = 4  # the Triton kernels keep this many tokens in registers
@@ -47,7 +48,7 @@ def check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: list[b
             raise ValueError(f"causal_conv1d: {name} is on {parameter.device}, x on {x.device}; move them together")
 
 
-@torch.library.custom_op("zoo::causal_conv1d", mutates_args=())
+@custom_op("causal_conv1d")
 def causal_conv1d_op(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: list[int]) -> Tensor:
     check_inputs(x, weight, bias, reverse)
     return implementation("causal_conv1d", x.device).forward(x, weight, bias, silu, as_flags(reverse))
@@ -60,7 +61,7 @@ def _(x, weight, bias, silu, reverse):
     return x.new_empty(weight.shape[0], batch, L, D)
 
 
-@torch.library.custom_op("zoo::causal_conv1d_backward", mutates_args=())
+@custom_op("causal_conv1d_backward")
 def causal_conv1d_backward_op(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: list[int]
 ) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.kernels.custom_op import custom_op
 from zoo.kernels.registration import (
     accumulate_dtype,
     as_flags,
@@ -113,7 +114,7 @@ def _check_table(paths: Tensor, L: int, complete: bool) -> None:
         )
 
 
-@torch.library.custom_op("zoo::selective_scan", mutates_args=())
+@custom_op("selective_scan")
 def selective_scan_op(
     u: Tensor,
     delta: Tensor,
@@ -169,7 +170,7 @@ def _(
     )
 
 
-@torch.library.custom_op("zoo::selective_scan_backward", mutates_args=())
+@custom_op("selective_scan_backward")
 def selective_scan_backward_op(
     grad_out: Tensor,
     grad_last_state: Tensor | None,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.kernels.custom_op import custom_op
 from zoo.kernels.registration import (
     accumulate_dtype,
     as_flags,
@@ -70,7 +71,7 @@ def check_inputs(
     check_dtypes_and_devices("ssd", dict(x=x, dt=dt, B=B, C=C), others, paths)
 
 
-@torch.library.custom_op("zoo::ssd", mutates_args=())
+@custom_op("ssd")
 def ssd_op(
     x: Tensor,
     dt: Tensor,
@@ -100,7 +101,7 @@ def _(x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse):
     return x.new_empty(batch, L, heads, width), state
 
 
-@torch.library.custom_op("zoo::ssd_backward", mutates_args=())
+@custom_op("ssd_backward")
 def ssd_backward_op(
     grad_out: Tensor,
     grad_last_state: Tensor | None,
