@@ -60,6 +60,11 @@ def _check(name: str, value: str | None, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, choices))}")
 
 
+def _of(parameters: Tensor, only: slice | None) -> Tensor:
+    """Those of some paths. A slice of all is not free: its gradient is copied into zeros."""
+    return parameters if only is None else parameters[only]
+
+
 class SelectivePaths(nn.Module):
     """Selective scans along K paths, each with its own parameters, that all read the same tokens.
 
@@ -107,9 +112,9 @@ class SelectivePaths(nn.Module):
         init_decays(self.A_log)
         nn.init.ones_(self.D)
 
-    def project(self, u: Tensor, only: slice = slice(None)) -> Projected:
+    def project(self, u: Tensor, only: slice | None = None) -> Projected:
         """Tokens (B, L, E) to what steps the states of all paths, or of the paths ``only``."""
-        steps = project_steps(u[None], self.x_proj_weight[only], self.dt_proj_weight[only])
+        steps = project_steps(u[None], _of(self.x_proj_weight, only), _of(self.dt_proj_weight, only))
         return Projected(*(t.transpose(0, 1) for t in steps))
 
     def walk(
@@ -119,7 +124,7 @@ class SelectivePaths(nn.Module):
         table: Tensor | None = None,
         reverse: tuple[bool, ...] = (False,),
         complete: bool = False,
-        only: slice = slice(None),
+        only: slice | None = None,
     ) -> Tensor:
         """Scans tokens (B, L, E) along the paths ``only``; returns the sum of what they put on every token (B, L, E).
 
@@ -130,11 +135,11 @@ class SelectivePaths(nn.Module):
         return selective_scan(
             u,
             projected.delta,
-            negative_exp(self.A_log[only]),
+            negative_exp(_of(self.A_log, only)),
             projected.B,
             projected.C,
-            self.D[only],
-            delta_bias=self.dt_bias[only],
+            _of(self.D, only),
+            delta_bias=_of(self.dt_bias, only),
             delta_softplus=True,
             paths=table,
             reverse=reverse,
