@@ -130,7 +130,8 @@ class ColumnarBackbone(Backbone):
         Args:
             enable: Whether any are.
             scope: ``"block"`` for whole blocks, of which only the input is kept; ``"scan"`` for what lies between the
-                projections of a mixer, most of the memory but a part of the work, in families that can.
+                projections of a mixer, most of the memory but a part of the work, in families that can. Either way
+                patches are cut again instead of kept.
 
         Raises:
             ValueError: If the family knows no such scope.
@@ -140,6 +141,8 @@ class ColumnarBackbone(Backbone):
             known = "'block' or 'scan'" if mixers else "'block'"
             raise ValueError(f"scope={scope!r} is not known to {type(self).__name__}; use {known}")
         self.grad_checkpointing = enable and scope == "block"
+        if hasattr(self.patch_embed, "grad_checkpointing"):  # a stem with batch norms has none: it would count twice
+            self.patch_embed.grad_checkpointing = enable
         for mixer in mixers:
             mixer.grad_checkpointing = enable and scope == "scan"
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed, to_2tuple
 from timm.layers.weight_init import lecun_normal_
-from timm.models import register_notrace_function
+from timm.models import checkpoint, register_notrace_function
 from torch import Tensor, nn
 
 __all__ = ["PatchEmbed"]
@@ -57,6 +57,10 @@ class PatchEmbed(nn.Module):
         pad_input: Whether an image that patches do not cover exactly is zero-padded at the bottom and the right.
             If not, the uncovered margin is ignored.
 
+    Attributes:
+        grad_checkpointing: Whether patches, in 16 bits half as large as the image, are cut again in the backward
+            instead of kept for the gradient of the weights.
+
     Raises:
         ValueError: If no patch fits into ``img_size``.
     """
@@ -76,6 +80,7 @@ class PatchEmbed(nn.Module):
         self.patch_size = to_2tuple(patch_size)
         self.stride = to_2tuple(stride or patch_size)
         self.pad_input = pad_input
+        self.grad_checkpointing = False
         self.set_image_size(img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
         self.init_weights()
@@ -126,6 +131,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, C, H, W) to a token map (B, D, grid H, grid W)."""
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        return checkpoint(self._project, x, preserve_rng_state=False) if recompute else self._project(x)
+
+    def _project(self, x: Tensor) -> Tensor:
         if self.pad_input:
             x = _pad_to_patches(x, self.patch_size, self.stride)
         if self.stride == self.patch_size and type(self.proj) is nn.Conv2d:
