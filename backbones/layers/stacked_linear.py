@@ -41,7 +41,7 @@ class _Products(torch.autograd.Function):
 def stacked_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Tokens (S, B, L, D) of S sets through the weights (S, R, D) of theirs, (S, B, L, R)."""
     if len(weight) == 1:
-        return F.linear(x[0], weight[0])[None]
+        return F.linear(x.squeeze(0), weight.squeeze(0)).unsqueeze(0)  # x[0] would fill zeros in the backward
     rows, dtype = x.flatten(1, 2), autocast_dtype(x.device.type, x.dtype)
     if dtype is not None:  # here, as nothing is narrowed in a backward
         rows, weight = rows.to(dtype), weight.to(dtype)
