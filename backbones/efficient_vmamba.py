@@ -34,7 +34,7 @@ from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
-from zoo.backbones.layers.ss2d import SS2D, Projected, from_authors_name
+from zoo.backbones.layers.ss2d import SS2D, Paths, from_authors_name
 from zoo.backbones.layers.vss import PatchStem, Reduction, VSSStage, make_reduction
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.memory import remember_tables
@@ -94,14 +94,14 @@ class AtrousSS2D(SS2D):
         y = self.ssm.walk(tokens, self._project(tokens, visited), table, self.reverse)
         return y.unflatten(1, (H, W))
 
-    def _project(self, u: Tensor, visited: Tensor) -> Projected:
+    def _project(self, u: Tensor, visited: Tensor) -> Paths:
         """Tokens (B, L, E) to what steps the states; ``visited`` (L, K, 1) tells the path of every token."""
         K = len(self.reverse)
         projected = F.linear(u, self.ssm.x_proj_weight.flatten(0, 1)).unflatten(2, (K, -1))  # (B, L, K, R + 2N)
         dt, B, C = projected.split(self.ssm.splits, dim=-1)
         # Zeros for the other paths make the sum over paths and ranks, one product, the projection of a token's own.
         delta = F.linear((dt * visited).flatten(2), self.ssm.dt_proj_weight.transpose(0, 1).flatten(1))  # (B, L, E)
-        return Projected(delta.unsqueeze(1).expand(-1, K, -1, -1), B.transpose(1, 2), C.transpose(1, 2))
+        return self.ssm.paths(delta.unsqueeze(1).expand(-1, K, -1, -1), B.transpose(1, 2), C.transpose(1, 2))
 
 
 class EVSSBlock(nn.Module):

@@ -19,8 +19,8 @@ Differences from the original:
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +55,23 @@ torch.fx.wrap("rotary_table")
 NORM_LAYERS = ("rmsnorm", "layernorm")
 
 
+class _Direction(NamedTuple):
+    """Parameters of one direction, as of :class:`LocalMixer` but for A (E, N) and the directions' own dimension."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    x_proj_weight: Tensor  # (1, R + 2 N, E)
+    dt_proj_weight: Tensor  # (1, E, R)
+
+
 def _crop(x: Tensor, length: int) -> Tensor:
     """The first of the tokens (B, P, E), (B, length, E)."""
     if torch.compiler.is_exporting():  # strides of a slice tie a graph to grids that windows fit, or to others
         return x.index_select(1, torch.arange(length, device=x.device))
-    return x[:, :length]
+    return x if x.shape[1] == length else x[:, :length]  # a slice of all would be copied into zeros in the backward
 
 
 @register_notrace_module
@@ -138,38 +150,43 @@ class LocalMixer(nn.Module):
             x = F.pad(x, (0, 0, 0, padding))
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L + padding, E) views of one GEMM's output, zero where padded
         out = x.new_zeros(())
-        for k, route in enumerate(routes):
-            y = _crop(self._scan(x[:, : route.steps], z[:, : route.steps], k, route), L)  # (B, L, E)
+        for route, parameters in zip(routes, self._directions(), strict=True):
+            y = _crop(self._scan(_crop(x, route.steps), _crop(z, route.steps), route, parameters), L)  # (B, L, E)
             out = torch.addcmul(out, y, self.attention(y))
         return self.out_proj(out)
 
-    def _scan(self, x: Tensor, z: Tensor, k: int, route: Route) -> Tensor:
-        """Input and gate (B, P, E) to the gated output of direction k, (B, P, E)."""
-        u = self._convolve(x, k, route)
-        one = slice(k, k + 1)
-        delta, B, C = (t[0] for t in project_steps(u[None], self.x_proj_weight[one], self.dt_proj_weight[one]))
+    def _directions(self) -> Iterator[_Direction]:
+        """Parameters of every direction. Their gradients are put together once, not copied into zeros one by one."""
+        A = negative_exp(self.A_log)
+        own = (self.conv_weight, self.conv_bias, A, self.D, self.dt_bias)
+        projections = (self.x_proj_weight.split(1), self.dt_proj_weight.split(1))
+        return map(_Direction, *(x.unbind() for x in own), *projections)
+
+    def _scan(self, x: Tensor, z: Tensor, route: Route, own: _Direction) -> Tensor:
+        """Input and gate (B, P, E) to the gated output of a direction, (B, P, E)."""
+        u = self._convolve(x, route, own)
+        delta, B, C = (t.squeeze(0) for t in project_steps(u[None], own.x_proj_weight, own.dt_proj_weight))
         return selective_scan(
             u,
             delta,
-            negative_exp(self.A_log[k]),
+            own.A,
             B,
             C,
-            self.D[k],
+            own.D,
             z,
-            self.dt_bias[k],
+            own.dt_bias,
             delta_softplus=True,
             paths=route.order,
             reverse=route.reverse,
             window=self.lb_window,
         )
 
-    def _convolve(self, x: Tensor, k: int, route: Route) -> Tensor:
+    def _convolve(self, x: Tensor, route: Route, own: _Direction) -> Tensor:
         """Causal convolution along a route: tokens (B, P, E) to tokens (B, P, E)."""
-        weight, bias = self.conv_weight[k], self.conv_bias[k]
         if route.order is None:
-            return causal_conv1d(x, weight, bias, activation="silu", reverse=route.reverse)
+            return causal_conv1d(x, own.conv_weight, own.conv_bias, activation="silu", reverse=route.reverse)
         order = TokenOrder(route.order, route.places)
-        walked = causal_conv1d(shuffle_tokens(x, order), weight, bias, activation="silu")
+        walked = causal_conv1d(shuffle_tokens(x, order), own.conv_weight, own.conv_bias, activation="silu")
         return restore_tokens(walked, order)
 
 

@@ -30,7 +30,7 @@ from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
-from zoo.backbones.layers.ss2d import DepthwiseConv, Projected, SelectivePaths
+from zoo.backbones.layers.ss2d import DepthwiseConv, Paths, SelectivePaths
 from zoo.backbones.layers.vss import PatchMerging, PatchStem, VSSBlock, VSSStage
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.local import check_direction
@@ -124,10 +124,9 @@ class LocalSS2D(nn.Module):
         H, W = x.shape[1:3]
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, E)
         u = F.silu(self.conv(x)).flatten(1, 2)  # (B, L, E)
-        projected = self.ssm.project(u)
         out = u.new_zeros(())
-        for k, direction in enumerate(self.directions):
-            y = self._scan(u, projected, k, _route(direction, H, W, u.device))
+        for k, (direction, path) in enumerate(zip(self.directions, self.ssm.project(u).split(), strict=True)):
+            y = self._scan(u, path, _route(direction, H, W, u.device))
             weight = self.attention(y)  # (B, 1, E)
             if self.direction_weight is not None:
                 y = F.layer_norm(y * weight, y.shape[-1:])
@@ -136,11 +135,9 @@ class LocalSS2D(nn.Module):
         out = self.out_norm(out).to(z.dtype).unflatten(1, (H, W))
         return self.out_proj(out * F.silu(z))
 
-    def _scan(self, u: Tensor, projected: Projected, k: int, route: Route) -> Tensor:
-        """Tokens (B, L, E) scanned along direction k, (B, L, E)."""
-        only = slice(k, k + 1)
-        own = Projected(*(t[:, only] for t in projected))
-        y = self.ssm.walk(u, own, route.table, (route.reverse,), route.complete, only)
+    def _scan(self, u: Tensor, path: Paths, route: Route) -> Tensor:
+        """Tokens (B, L, E) scanned along one direction, (B, L, E)."""
+        y = self.ssm.walk(u, path, route.table, (route.reverse,), route.complete)
         return y.to(self.out_proj.weight.dtype) if u.dtype == torch.float16 else y
 
 

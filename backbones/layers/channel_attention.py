@@ -1,5 +1,7 @@
 """Attention over channels: LocalMamba's BiAttn (arXiv 2403.09338, section 3.3) and EfficientVMamba's gate."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
@@ -34,7 +36,9 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, L, C) or a map (B, H, W, C) to the weights of the channels, (B, 1, C) or (B, 1, 1, C), 0 to 1."""
-        # The mean of many tokens is worth more digits than each of them.
+        # The mean of many tokens is worth more digits than each of them. It is divided after the sum: the gradient of a
+        # mean is divided for every token, in all those digits.
         wide = torch.promote_types(x.dtype, torch.float32)
-        common = self.norm(x).mean(tuple(range(1, x.dim() - 1)), keepdim=True, dtype=wide).to(self.norm.weight.dtype)
+        total = self.norm(x).sum(tuple(range(1, x.dim() - 1)), keepdim=True, dtype=wide)
+        common = (total / math.prod(x.shape[1:-1])).to(self.norm.weight.dtype)
         return torch.sigmoid(self.select(F.gelu(self.reduce(common))))

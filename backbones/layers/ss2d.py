@@ -24,7 +24,7 @@ __all__ = [
     "DepthwiseConv",
     "Gate",
     "OutputNorm",
-    "Projected",
+    "Paths",
     "Recurrence",
     "SSDPaths",
     "SelectivePaths",
@@ -47,12 +47,30 @@ FULL_SCANS = {
 CASCADE = "cascade"
 
 
-class Projected(NamedTuple):
-    """What steps the states along K paths, for every token: delta (B, K, L, E), B and C (B, K, L, N)."""
+class Paths(NamedTuple):
+    """What a scan along K paths steps its states with.
+
+    Attributes:
+        delta: Steps of every token, (B, K, L, E).
+        B: What a token puts in, (B, K, L, N).
+        C: What it takes out, (B, K, L, N).
+        A: Decays, (K, E, N).
+        D: Skip, (K, E).
+        delta_bias: Added to the steps, (K, E).
+    """
 
     delta: Tensor
     B: Tensor
     C: Tensor
+    A: Tensor
+    D: Tensor
+    delta_bias: Tensor
+
+    def split(self) -> list["Paths"]:
+        """Every path on its own. Gradients are put together once; those of slices would be copied into zeros."""
+        # Paths come first in the memory of what projections make, and so they do in its gradient.
+        of_tokens = [[path.transpose(0, 1) for path in x.transpose(0, 1).split(1)] for x in self[:3]]
+        return [Paths(*path) for path in zip(*of_tokens, *(x.split(1) for x in self[3:]), strict=True)]
 
 
 def _check(name: str, value: str | None, choices: tuple[str, ...]) -> None:
@@ -112,40 +130,33 @@ class SelectivePaths(nn.Module):
         init_decays(self.A_log)
         nn.init.ones_(self.D)
 
-    def project(self, u: Tensor, only: slice | None = None) -> Projected:
-        """Tokens (B, L, E) to what steps the states of all paths, or of the paths ``only``."""
+    def paths(self, delta: Tensor, B: Tensor, C: Tensor, only: slice | None = None) -> Paths:
+        """All paths, or those of ``only``, whose delta (B, K, L, E), B and C (B, K, L, N) are these."""
+        return Paths(delta, B, C, negative_exp(_of(self.A_log, only)), _of(self.D, only), _of(self.dt_bias, only))
+
+    def project(self, u: Tensor, only: slice | None = None) -> Paths:
+        """What all paths, or those of ``only``, make of tokens (B, L, E)."""
         steps = project_steps(u[None], _of(self.x_proj_weight, only), _of(self.dt_proj_weight, only))
-        return Projected(*(t.transpose(0, 1) for t in steps))
+        return self.paths(*(t.transpose(0, 1) for t in steps), only)
 
     def walk(
         self,
         u: Tensor,
-        projected: Projected,
+        paths: Paths,
         table: Tensor | None = None,
         reverse: tuple[bool, ...] = (False,),
         complete: bool = False,
-        only: slice | None = None,
     ) -> Tensor:
-        """Scans tokens (B, L, E) along the paths ``only``; returns the sum of what they put on every token (B, L, E).
+        """Scans tokens (B, L, E) along paths; returns the sum of what they put on every token (B, L, E).
 
         ``table``, ``reverse`` and ``complete`` are those of :func:`~zoo.kernels.selective_scan`.
         """
         if u.dtype == torch.float16:  # the sum over paths overflows it in training
-            u, projected = u.float(), Projected(*(t.float() for t in projected))
+            u, paths = u.float(), Paths(*(x.float() for x in paths))
         return selective_scan(
-            u,
-            projected.delta,
-            negative_exp(_of(self.A_log, only)),
-            projected.B,
-            projected.C,
-            _of(self.D, only),
-            delta_bias=_of(self.dt_bias, only),
-            delta_softplus=True,
-            paths=table,
-            reverse=reverse,
-            window=self.lb_window,
+            u, **paths._asdict(), delta_softplus=True, paths=table, reverse=reverse, window=self.lb_window,
             complete=complete,
-        )
+        )  # fmt: skip
 
     def forward(
         self, u: Tensor, table: Tensor | None = None, reverse: tuple[bool, ...] = (False,), complete: bool = False
@@ -385,7 +396,7 @@ class SS2D(nn.Module):
         """Lines (B, M, T, E), each a sequence of its own, scanned along two paths."""
         u = lines.flatten(0, 1)  # (B*M, T, E)
         forwards, backwards = (
-            self.ssm.walk(u, self.ssm.project(u, only), reverse=self.reverse[only], only=only)
+            self.ssm.walk(u, self.ssm.project(u, only), reverse=self.reverse[only])
             for only in (slice(paths.start, paths.start + 1), slice(paths.start + 1, paths.stop))
         )
         return (forwards + backwards.flip(1)).unflatten(0, lines.shape[:2])
