@@ -31,7 +31,7 @@ class CustomOp:
             name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
         )
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        LIBRARY.impl(name, self._call, "Autograd")
+        LIBRARY.impl(name, self._call, "Autograd", with_keyset=True)
         self.name = name
         self._op = getattr(torch.ops.zoo, name).default
         self._returns_list = isinstance(self._op._schema.returns[0].type, torch.ListType)
@@ -44,28 +44,31 @@ class CustomOp:
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """Makes the op differentiable; arguments as of ``torch.library.register_autograd``."""
-        op, in_list = self._op, self._returns_list  # of a list backwards get the gradients as one argument
+        run, in_list = self._run, self._returns_list  # of a list backwards get the gradients as one argument
 
         class Node(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, *inputs):
-                with torch._C._AutoDispatchBelowAutograd():
-                    output = op(*inputs)
+            def forward(ctx, keys, *inputs):
+                output = run(keys, *inputs)
                 setup_context(ctx, inputs, output)
                 return tuple(output) if in_list else output
 
             @staticmethod
             def backward(ctx, *grads):
-                return backward(ctx, grads) if in_list else backward(ctx, *grads)
+                return None, *(backward(ctx, grads) if in_list else backward(ctx, *grads))
 
         self._node = Node
 
-    def _call(self, *inputs: Any) -> Outputs:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            output = self._node.apply(*inputs)
-            return list(output) if self._returns_list else output
+    def _call(self, keys: torch._C.DispatchKeySet, *inputs: Any) -> Outputs:
+        if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)):
+            return self._run(keys, *inputs)
+        output = self._node.apply(keys, *inputs)
+        return list(output) if self._returns_list else output
+
+    def _run(self, keys: torch._C.DispatchKeySet, *inputs: Any) -> Outputs:
+        """Goes on to what lies below autograd, as the same call to a profiler."""
         with torch._C._AutoDispatchBelowAutograd():
-            return self._op(*inputs)
+            return self._op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
     def _no_backward(self, ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"zoo::{self.name} has no gradient")
