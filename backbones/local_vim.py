@@ -67,11 +67,18 @@ class _Direction(NamedTuple):
     dt_proj_weight: Tensor  # (1, E, R)
 
 
-def _crop(x: Tensor, length: int) -> Tensor:
+def _first(x: Tensor, length: int) -> Tensor:
     """The first of the tokens (B, P, E), (B, length, E)."""
-    if torch.compiler.is_exporting():  # strides of a slice tie a graph to grids that windows fit, or to others
+    if not torch.compiler.is_exporting() and x.shape[1] == length:  # a graph would be tied to grids that windows fit
+        return x  # the gradient of a slice, even of all, is copied into zeros
+    return x[:, :length]
+
+
+def _crop(x: Tensor, length: int) -> Tensor:
+    """As :func:`_first`, by a copy in an exported graph: strides of a slice tie it to grids that windows fit or not."""
+    if torch.compiler.is_exporting():
         return x.index_select(1, torch.arange(length, device=x.device))
-    return x if x.shape[1] == length else x[:, :length]  # a slice of all would be copied into zeros in the backward
+    return _first(x, length)
 
 
 @register_notrace_module
@@ -151,7 +158,7 @@ class LocalMixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L + padding, E) views of one GEMM's output, zero where padded
         out = x.new_zeros(())
         for route, parameters in zip(routes, self._directions(), strict=True):
-            y = _crop(self._scan(_crop(x, route.steps), _crop(z, route.steps), route, parameters), L)  # (B, L, E)
+            y = _crop(self._scan(_first(x, route.steps), _first(z, route.steps), route, parameters), L)  # (B, L, E)
             out = torch.addcmul(out, y, self.attention(y))
         return self.out_proj(out)
 
