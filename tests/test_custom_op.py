@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import zoo.backbones.layers.neighborhood  # registers its ops  # noqa: F401
+import zoo.backbones.layers.neighborhood  # noqa: F401, which registers its ops
 
 
 def randn(*shape: int) -> Tensor:
