@@ -100,11 +100,14 @@ def backward(
     dbias = None if delta_bias is None else u.new_empty(batch, K, splits, channels, dtype=dtype)
     dinitial = None if initial_state is None else u.new_empty(batch, K, N, channels, dtype=dtype)
     segment = min(8 if window > 1 else CHUNK, max(2, 32 // block_n))  # steps whose states are in registers together
-    span = 8 if window > 1 else CHUNK  # with windows two of every state are parked, so half as many steps at a time
+    # With windows two of every state are parked: in half as many bits, or of half as many steps at a time.
+    half = window > 1 and u.dtype == delta.dtype == torch.bfloat16 and block_n > 1 and block["num_warps"] == 1
+    span = 8 if window > 1 and not half else CHUNK
     parked = 0 if segment == CHUNK else (2 if window > 1 else 1) * span // segment * block_n * block_d
-    lot = shared_lot(u.device, dtype, parked)
+    parked_dtype = torch.bfloat16 if half else dtype
+    lot = shared_lot(u.device, parked_dtype, parked)
     matrix = dtype == torch.float32 and (segment if block_n == 1 else block_n) == 16  # see channel_sums
-    scratch = None if lot or not parked else u.new_empty(programs, parked, dtype=dtype)
+    scratch = None if lot or not parked else u.new_empty(programs, parked, dtype=parked_dtype)
 
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     packed = pack_projections(B, C, dtype, block_n)
@@ -147,7 +150,7 @@ def backward(
                 CHUNK=CHUNK, SPAN=span, SEGMENT=segment, WINDOW=window, HAS_D=D is not None,
                 HAS_ENTERING=entering is not None,
                 HAS_DINITIAL=dinitial is not None, SPLIT=splits > 1, SIDE=side, SUM_U=sum_u, SUM_Y=sum_y,
-                COMPLETE=complete, LOT=lot, PTX=runs_ptx(u.device), MATRIX=matrix,
+                COMPLETE=complete, LOT=lot, HALF=half, PTX=runs_ptx(u.device), MATRIX=matrix,
                 U_PATHS_FIRST=paths_first(du), PATHS_FIRST=paths_first(ddelta), **options,
             )  # fmt: skip
         rows, block_rows = batch * K * L * groups, 256 // block_n

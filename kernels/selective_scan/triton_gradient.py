@@ -54,8 +54,8 @@ def scan_gradient_kernel(
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ENTERING: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr,
     SPLIT: tl.constexpr, SIDE: tl.constexpr, MIRRORED: tl.constexpr, SUM_U: tl.constexpr, SUM_Y: tl.constexpr,
-    COMPLETE: tl.constexpr, MATRIX: tl.constexpr, COARSE: tl.constexpr, LOT: tl.constexpr, PTX: tl.constexpr,
-    U_PATHS_FIRST: tl.constexpr, PATHS_FIRST: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
+    COMPLETE: tl.constexpr, MATRIX: tl.constexpr, COARSE: tl.constexpr, LOT: tl.constexpr, HALF: tl.constexpr,
+    PTX: tl.constexpr, U_PATHS_FIRST: tl.constexpr, PATHS_FIRST: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a region of the paths first, first + stride... (count of them).
 
@@ -73,7 +73,6 @@ def scan_gradient_kernel(
     PARKS: tl.constexpr = SEGMENT < CHUNK  # else segments start from saved states
     SLOTS: tl.constexpr = SPAN // SEGMENT
     PAIRS: tl.constexpr = MATRIX and COARSE and BLOCK_N == 16 and SEGMENT == 2 and WINDOW == 1
-    WINDOW_OR_UNROLL: tl.constexpr = min(WINDOW, UNROLL)
     WINDOW_OR_SEGMENT: tl.constexpr = min(WINDOW, SEGMENT)
     if PARKS:
         lot = lot_of(scratch, (2 if WINDOW > 1 else 1) * SLOTS * STATE, LOT)
@@ -197,20 +196,24 @@ def scan_gradient_kernel(
                                     decay = tl.exp2(steps_t[j][None, :] * A_k)
                                     if WINDOW > 1:
                                         B_j, C_j = split_projections(BC_t[j])
-                                        if j % WINDOW_OR_UNROLL == 0:
-                                            in_window = (start - chunk_begin + j) % WINDOW
-                                            handed = tl.where(in_window == 0, 0.0, handed)
+                                        if j % SEGMENT != 0 and j % WINDOW == 0:
+                                            handed = tl.zeros([BLOCK_N, BLOCK_D], ACC)
                                         handed = decay * (handed + C_j[:, None] * dys_t[j][None, :])
                                     else:
                                         B_j = B_t[j]
                                     h = decay * h + inputs_t[j][None, :] * B_j[:, None]
                                 after = start + (piece + 1) * SEGMENT - span_begin
+                                if WINDOW > 1:  # at the start of a window nothing has been handed on
+                                    in_window = (start + (piece + 1) * SEGMENT - chunk_begin) % WINDOW
+                                    handed = tl.where((in_window == 0) | (WINDOW <= SEGMENT), 0.0, handed)
                                 if (WINDOW == 1) | (after >= 0):
-                                    park(lot, after // SEGMENT * STATE, h, LOT)
+                                    park(lot, after // SEGMENT * STATE, h, LOT, HALF)
                                     if WINDOW > 1:
-                                        park(lot, (SLOTS + after // SEGMENT) * STATE, handed, LOT)
+                                        park(lot, (SLOTS + after // SEGMENT) * STATE, handed, LOT, HALF)
                     if (WINDOW == 1) | (span_begin == chunk_begin):
-                        park(lot, 0, first_state, LOT)  # here, so that nothing above waits for it
+                        park(lot, 0, first_state, LOT, HALF)  # here, so that nothing above waits for it
+                        if WINDOW > 1:
+                            park(lot, SLOTS * STATE, tl.zeros([BLOCK_N, BLOCK_D], ACC), LOT, HALF)
                     tl.debug_barrier()
 
                 for segment_from_end in tl.range(segments, num_stages=STAGES):
@@ -218,7 +221,7 @@ def scan_gradient_kernel(
                     start = span_begin + segment * SEGMENT
                     tokens = tokens_at(table, row, P, start, end, steps, backwards, SEGMENT, HAS_TABLE, OFFSET)
                     if PARKS:
-                        h = unpark(lot, segment * STATE, BLOCK_N, BLOCK_D, LOT)
+                        h = unpark(lot, segment * STATE, BLOCK_N, BLOCK_D, LOT, HALF)
                     else:
                         h = tl.load(saved_at + segment * N * channels, mask=state_mask, other=0.0)
                     u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
@@ -245,13 +248,11 @@ def scan_gradient_kernel(
                         h = decay * h + (step * u_t[j].to(ACC))[None, :] * B_j[:, None]
 
                     if WINDOW > 1:  # what the input of every step is handed by the outputs of its window before it
-                        handed = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-                        if (start - chunk_begin) % WINDOW != 0:
-                            handed = unpark(lot, (SLOTS + segment) * STATE, BLOCK_N, BLOCK_D, LOT)
+                        handed = unpark(lot, (SLOTS + segment) * STATE, BLOCK_N, BLOCK_D, LOT, HALF)
                         handed_t = ()
                         for j in tl.static_range(SEGMENT):
                             if j % WINDOW_OR_SEGMENT == 0 and j > 0:
-                                handed = tl.where((start - chunk_begin + j) % WINDOW == 0, 0.0, handed)
+                                handed = tl.zeros([BLOCK_N, BLOCK_D], ACC)
                             handed_t = handed_t + (handed,)
                             if j < SEGMENT - 1:
                                 dy = gated(dout_t[j].to(ACC), z_t[j].to(ACC), start + j < end, HAS_Z)
@@ -290,15 +291,20 @@ def scan_gradient_kernel(
                             dz_t = (dout_j * y * gate * (1.0 + z_j * (1.0 - gate)),) + dz_t
                         g = future + C_j[:, None] * dy[None, :]
                         of_input = g
+                        before_j = before[j]
                         if WINDOW > 1:
-                            of_input = g + handed_t[j]
+                            handed_j = handed_t[j]
+                            if j == 0:  # fetched again: there are no registers to keep it in
+                                before_j = unpark(lot, segment * STATE, BLOCK_N, BLOCK_D, LOT, HALF)
+                                handed_j = unpark(lot, (SLOTS + segment) * STATE, BLOCK_N, BLOCK_D, LOT, HALF)
+                            of_input = g + handed_j
                         gB = tl.sum(of_input * B_j[:, None], 0)
                         of_C = seen * tl.where(d_mask, dy, 0.0)[None, :]
                         of_B = of_input * tl.where(d_mask, step * u_j, 0.0)[None, :]
                         future = g * decays[j]
-                        w = future * before[j]
+                        w = future * before_j
                         if WINDOW > 1:
-                            w += (handed_t[j] + C_j[:, None] * dy[None, :]) * received
+                            w += (handed_j + C_j[:, None] * dy[None, :]) * received
                             later = received + (step * u_j)[None, :] * B_j[:, None]
                         dA_k += w * step[None, :]
                         Aw = tl.sum(w * A_k, 0)
@@ -327,7 +333,7 @@ def scan_gradient_kernel(
                                 slot = partial_at + token * packed_l + n
                                 tl.store(slot, dB_j, mask=n_mask & visits_j)
                                 tl.store(slot + BLOCK_N, dC_j, mask=n_mask & visits_j)
-                        h = before[j]
+                        h = before_j
 
                     if PAIRS:
                         store_pair_sums(partial_at, sums_t, tokens_t, visits_t, packed_l, N)
