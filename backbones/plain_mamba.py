@@ -50,10 +50,10 @@ Pairing = Literal["position", "token"]
 @remember_tables
 def _snake_tables(H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """What the mixer looks up, each (4, H * W): the paths, the step at which a cell is visited, and the move to it."""
-    paths = snake(H, W)
+    paths = snake(H, W, device)
     steps = paths.argsort(dim=1)
-    moves = snake_moves(H, W).gather(1, steps)
-    return paths.to(device, torch.int32), steps.to(device), moves.to(device)
+    moves = snake_moves(H, W, device).gather(1, steps)
+    return paths.to(torch.int32), steps, moves
 
 
 @register_notrace_module

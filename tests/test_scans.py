@@ -126,7 +126,24 @@ def test_errors_name_the_value():
     with pytest.raises(ValueError, match=r"rate must be at least 1, got 0"):
         scan_paths("atrous", 4, 4, rate=0)
     with pytest.raises(ValueError, match=r"scan 'raster' is registered already, by zoo.backbones.scans.raster"):
-        register_scan("raster")(lambda H, W: torch.zeros(1, H * W))
+        register_scan("raster")(lambda H, W, device: torch.zeros(1, H * W))
+
+
+class _Table(torch.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        return scan_paths(self.name, *x.shape[-2:], x.device)
+
+
+@pytest.mark.parametrize("name", sorted(set(list_scans()) - {"hilbert", "shuffled", "shuffled_bidirectional"}))
+def test_a_compiled_model_makes_its_table_on_its_own_device(name):
+    """A CUDA graph cannot copy it from the CPU. Orders that depend on values or on a CPU's generator are left out."""
+    program = torch.export.export(_Table(name), (torch.empty(5, 7, device="meta"),), strict=False)
+    made = [value for node in program.graph.nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
+    assert len(made) > 1 and {value.device.type for value in made} == {"meta"}
 
 
 def test_listed_in_the_public_api():

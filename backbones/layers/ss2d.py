@@ -348,8 +348,8 @@ class SS2D(nn.Module):
         self.scan, self.scan_options = scan, dict(scan_options or {})
         if scan in FULL_SCANS or scan == CASCADE:
             self.reverse = FULL_SCANS.get(scan, (False, True, False, True))
-        else:  # a strategy's number of paths is known once it is asked; a small grid on no device will do
-            self.reverse = (False,) * len(scan_paths(scan, 2, 2, "meta", **self.scan_options))
+        else:  # a strategy's number of paths is known once it is asked; a small grid will do
+            self.reverse = (False,) * len(scan_paths(scan, 2, 2, **self.scan_options))
         self.gate, self.output_activation = gate, output_activation
         self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False, **dd)
         self.conv = DepthwiseConv(inner, d_conv, conv_bias, **dd) if d_conv > 1 else nn.Identity()

@@ -9,7 +9,7 @@ __all__ = ["atrous"]
 
 
 @register_scan("atrous")
-def atrous(H: int, W: int, rate: int = 2) -> Tensor:
+def atrous(H: int, W: int, device: torch.device | None = None, rate: int = 2) -> Tensor:
     """One path for each of the rate^2 sub-grids, (rate^2, ceil(H / rate) * ceil(W / rate)).
 
     The sub-grids that start in an odd row are walked column by column, the others row by row; row offsets vary first.
@@ -21,8 +21,8 @@ def atrous(H: int, W: int, rate: int = 2) -> Tensor:
     """
     if rate < 1:
         raise ValueError(f"atrous scan: rate must be at least 1, got {rate}")
-    padded = torch.full((-(-H // rate) * rate, -(-W // rate) * rate), -1)
-    padded[:H, :W] = torch.arange(H * W).view(H, W)
+    padded = torch.full((-(-H // rate) * rate, -(-W // rate) * rate), -1, device=device)
+    padded[:H, :W] = torch.arange(H * W, device=device).view(H, W)
     paths = []
     for column in range(rate):
         for row in range(rate):

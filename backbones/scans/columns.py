@@ -9,6 +9,6 @@ __all__ = ["columns"]
 
 
 @register_scan("columns")
-def columns(H: int, W: int) -> Tensor:
+def columns(H: int, W: int, device: torch.device | None = None) -> Tensor:
     """One path, (1, H * W)."""
-    return torch.arange(H * W).view(H, W).t().reshape(1, -1)
+    return torch.arange(H * W, device=device).view(H, W).t().reshape(1, -1)

@@ -13,17 +13,16 @@ __all__ = ["hilbert"]
 
 
 @register_scan("hilbert")
-def hilbert(H: int, W: int) -> Tensor:
+def hilbert(H: int, W: int, device: torch.device | None = None) -> Tensor:
     """The curve and its reverse, (2, H * W)."""
     side = 1
-    curve = torch.zeros(1, 2, dtype=torch.long)  # (side^2, 2) points (row, column)
+    row = column = torch.zeros(1, dtype=torch.long, device=device)  # (side^2,)
     while side < max(H, W):
-        transposed = curve.flip(1)
-        first, second, third = transposed, curve + torch.tensor([0, side]), curve + side
-        fourth = torch.tensor([2 * side - 1, side - 1]) - transposed
-        curve = torch.cat([first, second, third, fourth])
+        row, column = (
+            torch.cat([column, row, row + side, 2 * side - 1 - column]),
+            torch.cat([row, column + side, column + side, side - 1 - row]),
+        )
         side *= 2
-    row, column = curve.unbind(1)
     inside = (row < H) & (column < W)
     forward = (row * W + column)[inside]
     return torch.stack([forward, forward.flip(0)])

@@ -36,7 +36,9 @@ def check_direction(direction: str) -> None:
         raise ValueError(f"direction {direction!r} is not known; use h, v or w with a window size, e.g. w2 or w7_flip")
 
 
-def local_order(direction: str, H: int, W: int, class_token: bool = False) -> Tensor:
+def local_order(
+    direction: str, H: int, W: int, class_token: bool = False, device: torch.device | None = None
+) -> Tensor:
     """The order in which a direction visits tokens.
 
     Args:
@@ -45,15 +47,16 @@ def local_order(direction: str, H: int, W: int, class_token: bool = False) -> Te
         W: Columns of the grid.
         class_token: Whether a class token stands in the middle of the tokens, at index H * W // 2. Every direction
             meets it at that same step.
+        device: Where the order is made; default the CPU.
 
     Returns:
         (steps,), a permutation: the tokens, and after them as many zero tokens as pad the grid to whole windows.
     """
     base = direction.removesuffix("_flip")
     if base.startswith("w"):
-        order = window(H, W, int(base[1:]))[0]
+        order = window(H, W, device, size=int(base[1:]))[0]
     else:
-        order = (columns if base == "v" else raster)(H, W)[0]
+        order = (columns if base == "v" else raster)(H, W, device)[0]
     if direction.endswith("_flip"):
         order = order.flip(0)
     middle, tokens = H * W // 2, H * W + int(class_token)
@@ -77,7 +80,7 @@ def local_routes(
         if direction == "h" or (direction == "h_flip" and mirrored):
             routes.append(Route(tokens, reverse=direction == "h_flip"))
             continue
-        order = local_order(direction, H, W, class_token)
-        order, places = (table.to(device, torch.int32) for table in (order, order.argsort()))
+        order = local_order(direction, H, W, class_token, device)
+        order, places = (table.to(torch.int32) for table in (order, order.argsort()))
         routes.append(Route(order.shape[0], order, places))
     return tuple(routes)

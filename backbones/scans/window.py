@@ -9,7 +9,7 @@ __all__ = ["window"]
 
 
 @register_scan("window")
-def window(H: int, W: int, size: int = 7) -> Tensor:
+def window(H: int, W: int, device: torch.device | None = None, size: int = 7) -> Tensor:
     """One path, (1, cells of the grid padded to whole windows).
 
     The grid is padded at the bottom and right; padding cells are zero tokens that are stepped, as published.
@@ -20,7 +20,7 @@ def window(H: int, W: int, size: int = 7) -> Tensor:
     if size < 1:
         raise ValueError(f"window scan: size must be at least 1, got {size}")
     rows, columns = -(-H // size), -(-W // size)
-    row, column = torch.arange(rows * size).unsqueeze(1), torch.arange(columns * size)
-    padded = torch.where((row < H) & (column < W), row * W + column, -1)
+    row, column = (torch.arange(n * size, device=device) for n in (rows, columns))
+    padded = torch.where((row.unsqueeze(1) < H) & (column < W), row.unsqueeze(1) * W + column, -1)
     windows = padded.view(rows, size, columns, size).transpose(1, 2)  # (rows, columns, size, size)
     return windows.reshape(1, -1)
