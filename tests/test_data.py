@@ -204,6 +204,14 @@ def test_training_images_of_a_folder_repeat_with_the_epoch(digit_folder):
     assert not torch.equal(images(2), first)
 
 
+def test_training_images_seed_no_gpu(digit_folder, monkeypatch):
+    """Without one in use, every seed of a GPU would be kept to be repeated, with a stack trace."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
+    config = DataConfig(name="folder", root=str(digit_folder), batch_size=4, workers=0)
+    loader, _ = file_loader(config, augment=AugmentConfig())
+    assert len(list(loader)) == 3
+
+
 def test_missing_split_lists_what_is_there(digit_folder):
     config = DataConfig(name="folder", root=str(digit_folder))
     with pytest.raises(FileNotFoundError, match="no split 'test'; found there: train, val"):
