@@ -81,6 +81,15 @@ def test_columns_are_rows_of_the_transposed_grid(H, W):
     assert torch.equal(path // W + path % W * H, torch.arange(H * W))
 
 
+def test_tables_made_while_a_graph_is_captured_are_not_kept(monkeypatch):
+    table = remember_tables(torch.arange)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert table(3) is not table(3)
+    monkeypatch.undo()
+    assert table(3) is table(3)
+
+
 def test_remembered_tables():
     calls = []
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zoo.backbones.layers.autocast import autocast_dtype
 
@@ -34,6 +35,46 @@ class _Products(torch.autograd.Function):
         d_x = torch.bmm(grad, weight) if of_x else None
         d_weight = torch.stack([g.t() @ rows for g, rows in zip(grad, x, strict=True)]) if of_weight else None
         return d_x, d_weight
+
+
+class _Steps(torch.autograd.Function):
+    """Steps (S, B, L, E), B and C (S, B, L, N) of rows (S, B, L, >= R + 2 N) of S sets, by their weights (S, E, R).
+
+    B and C are views. The rows' gradient is written where it belongs, in the order in memory of the rows themselves:
+    three gradients are not put together, and what they make not turned around.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
+        dt, B, C = _split(rows, weight.shape[2], states)
+        return torch.bmm(dt.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, rows.shape[1:3]), B, C
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        rows, weight, ctx.states = inputs
+        ctx.save_for_backward(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_steps: Tensor, of_B: Tensor, of_C: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight = ctx.saved_tensors
+        d_rows, d_weight, rank = torch.empty_like(rows), None, weight.shape[2]
+        d_dt, d_B, d_C = _split(d_rows, rank, ctx.states)
+        of_steps = of_steps.flatten(1, 2)
+        torch.bmm(of_steps, weight, out=d_dt.flatten(1, 2))
+        d_B.copy_(of_B)
+        d_C.copy_(of_C)
+        d_rows[..., rank + 2 * ctx.states :].zero_()
+        if ctx.needs_input_grad[1]:
+            dt = rows[..., :rank].flatten(1, 2)
+            d_weight = torch.stack([g.t() @ own for g, own in zip(of_steps, dt, strict=True)])
+        return d_rows, d_weight, None
+
+
+def _split(rows: Tensor, rank: int, states: int) -> tuple[Tensor, Tensor, Tensor]:
+    unused = rows.shape[-1] - rank - 2 * states
+    dt, B, C, *_ = rows.split([rank, states, states, *[unused] * (unused > 0)], dim=-1)
+    return dt, B, C
 
 
 @torch.fx.wrap
@@ -72,9 +113,11 @@ def project_steps(u: Tensor, x_weight: Tensor, dt_weight: Tensor) -> tuple[Tenso
         projected = rows.transpose(0, 1).unflatten(1, u.shape[1:3])
     else:
         projected = stacked_linear(u, x_weight)
-    unused = projected.shape[-1] - rank - 2 * states
-    dt, B, C, *_ = projected.split([rank, states, states, *[unused] * (unused > 0)], dim=-1)
-    return stacked_linear(dt, dt_weight), B, C
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        dt, B, C = _split(projected, rank, states)
+        return stacked_linear(dt, dt_weight), B, C
+    dtype = autocast_dtype(projected.device.type, projected.dtype) or projected.dtype
+    return _Steps.apply(projected.to(dtype), dt_weight.to(dtype), states)
 
 
 def _prefers_aligned(u: Tensor) -> bool:
