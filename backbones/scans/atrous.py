@@ -9,7 +9,7 @@ __all__ = ["atrous"]
 
 
 @register_scan("atrous")
-def atrous(H: int, W: int, device: torch.device | None = None, rate: int = 2) -> Tensor:
+def atrous(H: int, W: int, rate: int = 2, device: torch.device | None = None) -> Tensor:
     """One path for each of the rate^2 sub-grids, (rate^2, ceil(H / rate) * ceil(W / rate)).
 
     The sub-grids that start in an odd row are walked column by column, the others row by row; row offsets vary first.

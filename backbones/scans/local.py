@@ -54,7 +54,7 @@ def local_order(
     """
     base = direction.removesuffix("_flip")
     if base.startswith("w"):
-        order = window(H, W, device, size=int(base[1:]))[0]
+        order = window(H, W, int(base[1:]), device)[0]
     else:
         order = (columns if base == "v" else raster)(H, W, device)[0]
     if direction.endswith("_flip"):

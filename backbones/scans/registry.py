@@ -13,7 +13,7 @@ _SCANS: dict[str, Callable[..., Tensor]] = {}
 
 
 def register_scan(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Decorator that registers a function ``paths(H, W, device, **options) -> table`` under a name.
+    """Decorator that registers a function ``paths(H, W, **options, device=None) -> table`` under a name.
 
     The table is an int64 tensor (K, P) on that device: the cell, counted row by row, that path k reads and writes at
     step p; -1 is a zero token that is stepped all the same; -2 ends a path that is shorter than the others.
@@ -62,4 +62,4 @@ def scan_paths(name: str, H: int, W: int, device: torch.device | str | None = No
 @remember_tables
 def _table(name: str, H: int, W: int, device: str, options: tuple[tuple[str, int], ...]) -> Tensor:
     # Made on the device: a compiled model makes it in every call, and a CUDA graph cannot copy it from the CPU.
-    return _SCANS[name](H, W, torch.device(device), **dict(options)).to(torch.int32)
+    return _SCANS[name](H, W, **dict(options), device=torch.device(device)).to(torch.int32)

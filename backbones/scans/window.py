@@ -9,7 +9,7 @@ __all__ = ["window"]
 
 
 @register_scan("window")
-def window(H: int, W: int, device: torch.device | None = None, size: int = 7) -> Tensor:
+def window(H: int, W: int, size: int = 7, device: torch.device | None = None) -> Tensor:
     """One path, (1, cells of the grid padded to whole windows).
 
     The grid is padded at the bottom and right; padding cells are zero tokens that are stepped, as published.
