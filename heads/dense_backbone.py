@@ -151,7 +151,8 @@ class DenseBackbone(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone."""
-        return {f"model.{name}" for name in self.model.no_weight_decay()}
+        tell = getattr(self.model, "no_weight_decay", set)  # convolutional models of timm have none
+        return {f"model.{name}" for name in tell()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """Order of parameters by name, from stem to the last block, for layer-wise decay and freezing.

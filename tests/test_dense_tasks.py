@@ -139,6 +139,8 @@ def test_scenes_recipe_takes_any_backbone(task, name):
         model, _ = build(config, ITEM_NAMES)
     backbone = model.backbone if task == "segmentation" else model.backbone.body
     assert backbone.strides[0] == {"resnet18": 2 if task == "segmentation" else 4}.get(name, 8)
+    optimizer, _ = build_optimizer(config, model, updates=10, world_size=1)
+    assert len({group["weight_decay"] for group in optimizer.param_groups}) == 2
 
 
 @pytest.mark.parametrize("name", RECIPES)
