@@ -77,3 +77,10 @@ def test_packaged_names_may_be_short():
     assert find_config(full) == find_config("vim/micro_digits.yaml") == find_config("micro_digits")
     with pytest.raises(FileNotFoundError, match=full):
         find_config("micro_digit")
+
+
+def test_a_short_name_is_the_file_in_the_fewest_folders():
+    assert find_config("nano_elpv") == find_config("classification/nano_elpv")
+    assert find_config("vim/nano_elpv").parent.name == "vim"
+    with pytest.raises(FileNotFoundError, match="fits several configurations, use one of: detection/nano_fashion"):
+        find_config("nano_fashion_scenes")

@@ -39,7 +39,7 @@ def find_config(name: str) -> Path:
 
     Args:
         name: A path, or the end of the name of a packaged configuration: ``classification/vim/micro_digits``,
-            ``vim/micro_digits.yaml`` and ``micro_digits`` are the same file.
+            ``vim/micro_digits.yaml`` and ``micro_digits`` are the same file. Of several, the one in the fewest folders.
 
     Raises:
         FileNotFoundError: If there is no such file, or the short name fits several; the message lists candidates.
@@ -49,6 +49,8 @@ def find_config(name: str) -> Path:
     wanted = name.removesuffix(".yaml")
     known = list_configs()
     fitting = [known_name for known_name in known if f"/{known_name}".endswith(f"/{wanted}")]
+    depth = min((known_name.count("/") for known_name in fitting), default=0)
+    fitting = [known_name for known_name in fitting if known_name.count("/") == depth]
     if len(fitting) == 1:
         return _packaged_folder() / f"{fitting[0]}.yaml"
     if fitting:
