@@ -9,7 +9,7 @@ import torch
 
 from zoo.kernels import selective_scan
 from zoo.tools import benchmark
-from zoo.tools.benchmarks import cross_scan, ops, ssd
+from zoo.tools.benchmarks import add_norm, cross_scan, ops, ssd
 from zoo.tools.benchmarks import selective_scan as selective_scans
 from zoo.tools.benchmarks.measure import Machine, host_milliseconds, measure, peer, plan_calls
 from zoo.tools.benchmarks.section import Implementation, run_sections
@@ -17,10 +17,12 @@ from zoo.tools.benchmarks.section import Implementation, run_sections
 SCAN = selective_scans.Shape("tiny scan", 2, 3, 5, 2)
 CROSS = cross_scan.Shape("tiny grid", 2, 4, 3, 2, 5, 1)
 HEADS = ssd.Shape("tiny heads", 2, 5, 3, 4, 2)
+ROWS = (add_norm.Shape("tiny rows", 5, 3, centered=False), add_norm.Shape("tiny centred rows", 5, 3, centered=True))
 SECTIONS = (
     selective_scans.SelectiveScan((SCAN,), (SCAN,)),
     cross_scan.CrossScan((CROSS,), (CROSS,)),
     ssd.SSD((HEADS,), (HEADS,)),
+    add_norm.AddNorm(ROWS, ROWS),
 )
 CPU = Machine("cpu", torch.float32, 0.001)
 
@@ -56,6 +58,8 @@ def test_ops_writes_all_sections(tiny_sections, tmp_path, capsys):
         ("cross_scan", "unfused: gather, zoo scan, scatter"),
         ("ssd", "zoo"),
         ("ssd", "step recurrence"),
+        ("add_norm", "zoo"),
+        ("add_norm", "torch: add, norm, cast"),
     }
     printed = capsys.readouterr().out
     assert "cross_scan, tiny grid: batch=2 K=4 D=3 H=2 W=5 N=1" in printed
@@ -105,6 +109,14 @@ def test_sections_on_gpu():
     assert by_row["ssd", "zoo"]["float32_output_error"] < 1e-5
 
 
+@pytest.mark.parametrize("shape", ROWS, ids=lambda shape: shape.name)
+def test_add_and_norm_is_the_same_in_steps(device, shape):
+    section = add_norm.AddNorm()
+    inputs = section.inputs(shape, device, torch.float32)
+    ours, steps = (way.function(**inputs) for way in list(section.implementations("cpu").values())[:2])
+    torch.testing.assert_close(ours, steps)
+
+
 @pytest.mark.parametrize("size", [(2, 5), (5, 2), (1, 7)])
 def test_cross_scan_is_the_same_fused_or_not(device, size):
     section = cross_scan.CrossScan()
@@ -138,6 +150,8 @@ def test_cross_scan_is_the_same_fused_or_not(device, size):
         ),
         # x of 2 * 5 * 3 * 4 = 120 elements, dt of 30, B and C of 20 each
         (SECTIONS[2], HEADS, dict(dram_forward=(240 + 30 + 40) * 2, dram_backward=(360 + 60 + 80) * 2)),
+        # 5 * 3 = 15 elements of two tensors of 4 bytes and two of 2; backward of three and two
+        (SECTIONS[3], ROWS[0], dict(dram_forward=15 * 12, dram_backward=15 * 16)),
     ],
 )
 def test_floors_by_hand(section, shape, expected):
@@ -161,11 +175,13 @@ def test_errors_of_16_bits_come_with_those_of_float32():
 
 
 def test_peers_have_rows_where_they_are_installed():
-    scan, _, heads = SECTIONS
+    scan, _, heads, rows = SECTIONS
     mamba_scan = peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
     mamba_ssd = peer("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
     assert ("mamba_ssm" in scan.implementations("cuda")) == (mamba_scan is not None)
     assert ("mamba_ssm" in heads.implementations("cuda")) == (mamba_ssd is not None)
+    mamba_norm = peer("mamba_ssm.ops.triton.layer_norm", "layer_norm_fn")
+    assert ("mamba_ssm" in rows.implementations("cuda")) == (mamba_norm is not None)
     assert ("mambapy" in scan.implementations("cpu")) == (peer("mambapy.pscan", "pscan") is not None)
     assert peer("no_such_package.ops", "scan") is None
 

@@ -59,12 +59,15 @@ class Machine:
 
 
 def measure(
-    function: Callable[..., Tensor], inputs: dict[str, Tensor], machine: Machine, backward_alone: bool
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: dict[str, Tensor],
+    machine: Machine,
+    backward_alone: bool,
 ) -> dict[str, float]:
     """Times and memory of a function of tensors.
 
     Args:
-        function: Called with the inputs by name; returns one tensor.
+        function: Called with the inputs by name; returns a tensor or several.
         inputs: Its arguments; gradients are computed of all that are floating-point.
         machine: Where to measure.
         backward_alone: Whether ``backward_ms`` is the backward by itself or a forward and a backward.
@@ -76,14 +79,14 @@ def measure(
         forward = milliseconds(lambda: function(**inputs), machine)
     leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     targets = [x for x in leaves.values() if x.requires_grad]
-    cotangent = torch.randn_like(function(**leaves))
+    cotangents = [torch.randn_like(out) for out in _tensors(function(**leaves))]
 
     def forward_backward() -> tuple[Tensor, ...]:
-        out = function(**leaves)
-        return out, *torch.autograd.grad(out, targets, cotangent)
+        outputs = _tensors(function(**leaves))
+        return *outputs, *torch.autograd.grad(outputs, targets, cotangents)
 
     if backward_alone:
-        backward = _backward_milliseconds(function(**leaves), targets, cotangent, machine)
+        backward = _backward_milliseconds(_tensors(function(**leaves)), targets, cotangents, machine)
     else:
         backward = milliseconds(forward_backward, machine)
     numbers = dict(forward_ms=forward, backward_ms=backward)
@@ -92,8 +95,14 @@ def measure(
     return numbers
 
 
-def _backward_milliseconds(out: Tensor, targets: list[Tensor], cotangent: Tensor, machine: Machine) -> float:
-    return milliseconds(lambda: torch.autograd.grad(out, targets, cotangent, retain_graph=True), machine)
+def _tensors(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def _backward_milliseconds(
+    outputs: tuple[Tensor, ...], targets: list[Tensor], cotangents: list[Tensor], machine: Machine
+) -> float:
+    return milliseconds(lambda: torch.autograd.grad(outputs, targets, cotangents, retain_graph=True), machine)
 
 
 def milliseconds(function: Callable[[], object], machine: Machine) -> float:

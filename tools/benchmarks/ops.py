@@ -7,6 +7,7 @@ measured in the same run; ``exp`` computes exponentials and logarithms on the sp
 import argparse
 from typing import Any
 
+from zoo.tools.benchmarks.add_norm import AddNorm
 from zoo.tools.benchmarks.cross_scan import CrossScan
 from zoo.tools.benchmarks.measure import Machine
 from zoo.tools.benchmarks.section import run_sections
@@ -15,8 +16,8 @@ from zoo.tools.benchmarks.ssd import SSD
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "the kernels: selective scan, cross scan, SSD"
-SECTIONS = {section.name: section for section in (SelectiveScan(), CrossScan(), SSD())}
+HELP = "the kernels: selective scan, cross scan, SSD, add and norm"
+SECTIONS = {section.name: section for section in (SelectiveScan(), CrossScan(), SSD(), AddNorm())}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,12 +27,12 @@ class Implementation:
     """One way to compute an op.
 
     Attributes:
-        function: Called with what ``prepare`` returns, by name; returns one tensor.
+        function: Called with what ``prepare`` returns, by name; returns a tensor or several.
         prepare: Brings a section's inputs into the layout in which this implementation is used. Not timed.
         peer: Whether it is of another package, whose failure is reported in its row and stops nothing.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
     prepare: Callable[[Inputs], Inputs] = _as_they_are
     peer: bool = False
 
