@@ -35,7 +35,7 @@ from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.ss2d import SS2D, Paths, from_authors_name
-from zoo.backbones.layers.vss import PatchStem, Reduction, VSSStage, make_reduction
+from zoo.backbones.layers.vss import PatchStem, Reduction, Stage, make_reduction
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.memory import remember_tables
 from zoo.registry import build_model_with_cfg
@@ -247,9 +247,9 @@ class EfficientVMamba(HierarchicalBackbone):
             mixer = AtrousSS2D(dim, rate, d_state, dt_rank, ssm_ratio, lb_window, **dd)
             return EVSSBlock(dim, mixer, mlp_ratio, drop_path, **dd)
 
-        def make_stage(stage: int, rates: Sequence[float]) -> VSSStage:
+        def make_stage(stage: int, rates: Sequence[float]) -> Stage:
             reduction = make_reduction(downsample, dims[stage - 1], dims[stage], "layernorm", **dd) if stage else None
-            return VSSStage([make_block(stage, drop_path) for drop_path in rates], reduction)
+            return Stage([make_block(stage, drop_path) for drop_path in rates], reduction)
 
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         self.stages = nn.Sequential(*(make_stage(stage, rates[stage]) for stage in range(4)))

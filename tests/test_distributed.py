@@ -118,6 +118,7 @@ def test_models_with_running_statistics_are_evaluated_alike_everywhere(tmp_path,
     small, config = processes["SMALL"][1:], "classification/nano_fashion_mnist"  # another model than the small one
     options = ["model.name=efficient_vmamba_nano", "data.name=digits", "data.img_size=32", f"strategy={strategy}"]
     options += [*small, "optim.epochs=2", "data.batch_size=16", "data.train_samples=64", "data.val_split=test"]
+    options += ["precision=fp32"]  # as validate computes
     job = processes["start"](tmp_path, options, 2, config=config)
     assert job.wait() == [0, 0], job.output()
     model, card = load_trained(tmp_path / "run" / "last.safetensors")

@@ -11,7 +11,7 @@ from zoo.backbones.layers import add_norm as add_norm_module
 from zoo.backbones.layers import layer_norm as layer_norm_module
 from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.layer_norm import LayerNorm, _layer_norm
-from zoo.backbones.layers.vss import VSSBlock, make_norm
+from zoo.backbones.layers.vss import VSSBlock, VSSStage, make_norm
 from zoo.kernels import MAX_NORM_CHANNELS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -181,9 +181,11 @@ def test_models_go_through_timms_extractor():
 
 @pytest.mark.parametrize("kind", ["layernorm", "batchnorm"])
 def test_blocks_take_other_norms_too(kind, device):
-    """A block is what its formula says, whatever norm stands before the MLP."""
-    norm, norm2 = (make_norm(kind, 8, device=device) for _ in range(2))
-    mixer, mlp = nn.Linear(8, 8, device=device), nn.Linear(8, 8, device=device)
-    block, x = VSSBlock(norm, mixer, norm2, mlp).eval(), torch.randn(2, 3, 4, 8, device=device)
+    """A stage is what its formula says, whatever norms its blocks have, with MLPs and without."""
+    norm, norm2, last_norm = (make_norm(kind, 8, device=device) for _ in range(3))
+    mixer, mlp, last = (nn.Linear(8, 8, device=device) for _ in range(3))
+    stage = VSSStage([VSSBlock(norm, mixer, norm2, mlp), VSSBlock(last_norm, last)]).eval()
+    x = torch.randn(2, 3, 4, 8, device=device)
     y = x + mixer(norm(x))
-    torch.testing.assert_close(block(x), y + mlp(norm2(y)))
+    y = y + mlp(norm2(y))
+    torch.testing.assert_close(stage(x), y + last(last_norm(y)))

@@ -36,7 +36,8 @@ SMALL = {
     "local_vim": ("local_vim_nano", dict(COLUMN, directions=WINDOWS)),
     "local_vmamba": ("local_vmamba_nano", dict(dims=16, depths=(1,) * 4, directions=WINDOWS)),
     "mamba_vision": ("mamba_vision_nano", dict(dim=16, stem_width=8, depths=(1, 1, 2, 2), num_heads=(2, 4))),
-    "plain_mamba": ("plain_mamba_nano", dict(COLUMN, stem_width=16)),
+    # Of 16 channels oneDNN, on CPUs with AMX, convolves patches of 4 x 4 wrongly in bfloat16.
+    "plain_mamba": ("plain_mamba_nano", dict(COLUMN, stem_width=8)),
     "shuffle_mamba": ("shuffle_mamba_nano", COLUMN),
     "vim": ("vim_micro", dict(COLUMN, class_token="middle", global_pool="token", rope=True)),
     "vmamba": ("vmamba_nano", dict(dims=16, depths=(1,) * 4)),

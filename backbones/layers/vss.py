@@ -4,7 +4,7 @@ Source: Liu et al., "VMamba: Visual State Space Model", arXiv 2401.10166, sectio
 (B, H, W, C).
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ __all__ = [
     "PatchMerging",
     "PatchStem",
     "Reduction",
+    "Stage",
     "Stem",
     "VSSBlock",
     "VSSStage",
@@ -265,20 +266,40 @@ class VSSBlock(nn.Module):
         self.norm, self.mixer, self.norm2, self.mlp = norm, mixer, norm2, mlp
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to map (B, H, W, C)."""
-        update = self.mixer(self.norm(x))
+    def forward(
+        self, x: Tensor, update: Tensor | None = None, drop_path: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Leaves the last add to the next block, which does it together with its norm.
+
+        Args:
+            x: Residual stream (B, H, W, C).
+            update: What the block before adds to it; default nothing.
+            drop_path: That block's stochastic depth.
+
+        Returns:
+            The stream, and what this block adds to it.
+        """
+        x, normed = _add_and_norm(x, update, self.norm, drop_path)
+        update = self.mixer(normed)
         if self.mlp is None:
-            return x + self.drop_path(update)
-        if isinstance(self.norm2, nn.LayerNorm):
-            x, normed = add_norm(x, update, self.norm2, self.drop_path)
-        else:
-            x = x + self.drop_path(update)
-            normed = self.norm2(x)
-        return x + self.drop_path(self.mlp(normed))
+            return x, update
+        x, normed = _add_and_norm(x, update, self.norm2, self.drop_path)
+        return x, self.mlp(normed)
 
 
-class VSSStage(nn.Module):
+def _add_and_norm(
+    x: Tensor, update: Tensor | None, norm: nn.Module, drop_path: nn.Module | None
+) -> tuple[Tensor, Tensor]:
+    """The new stream and its norm."""
+    if update is None:
+        return x, norm(x)
+    if isinstance(norm, nn.LayerNorm):
+        return add_norm(x, update, norm, drop_path)
+    x = x + drop_path(update)
+    return x, norm(x)
+
+
+class Stage(nn.Module):
     """Reduction, in all stages but the first, and blocks.
 
     Args:
@@ -296,5 +317,21 @@ class VSSStage(nn.Module):
         """Map (B, H, W, C) to the stage's map."""
         x = self.downsample(x)
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = self._run(block, x)
         return x
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        recompute = self.grad_checkpointing and not torch.jit.is_scripting()
+        return checkpoint(block, *inputs) if recompute else block(*inputs)
+
+
+class VSSStage(Stage):
+    """A stage of :class:`VSSBlock`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to the stage's map."""
+        x, update, drop_path = self.downsample(x), None, None
+        for block in self.blocks:
+            x, update = self._run(block, x, update, drop_path)
+            drop_path = block.drop_path
+        return x if update is None else x + drop_path(update)
