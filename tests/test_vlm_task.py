@@ -457,3 +457,22 @@ def test_run_in_bfloat16_with_average_and_recomputation(folder, tmp_path):
     result = run(folder, tmp_path, *options)
     assert math.isfinite(result.log[-1]["train_loss"])
     assert load_vlm(tmp_path).image_token_id == -200
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("language", LANGUAGE)
+@pytest.mark.parametrize(
+    "connector",
+    [
+        ["model.connector=mlp_connector"],
+        ["model.connector=mamba2_scan_connector"],
+        ["model.connector=mamba2_scan_connector", "model.connector_kwargs={scans: [raster, columns]}"],
+    ],
+    ids=["mlp", "raster", "cross"],
+)
+def test_run_on_gpu(folder, tmp_path, connector, language):
+    """Training, and answers to questions in evaluation and in the report."""
+    options = [*connector, "cpu=false", "precision=bf16", "evaluation.questions=8", "optim.epochs=3"]
+    result = run(folder, tmp_path, *options, language=language)
+    assert result.log[-1]["train_loss"] < result.log[0]["train_loss"]
+    assert (tmp_path / "answers.csv").is_file()
