@@ -134,3 +134,14 @@ def test_options_that_do_not_fit(options, problem, capsys):
         benchmark.main([*OPTIONS, *options])
     assert ended.value.code == 2
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_rows_on_gpu_have_peaks():
+    machine = Machine("cuda", torch.bfloat16, 0.01)
+    decoders = [create(name, SMALL, 600, 2, machine, None) for name in ("mamba", "mamba2", "transformer")]
+    rows = measure_all(decoders, (40, 180), Plan(machine, 2, 32), Bar())
+    assert len(rows) == 6 and not any("failed" in row for row in rows)
+    for row in rows:
+        assert row["step_peak_mib"] >= row["weights_mib"] + row["state_mib"] > 0
+        assert row["prefill_peak_mib"] > 0 and row["step_ms"] > 0
