@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -144,6 +145,18 @@ def test_seeds_share_a_row(runs, tmp_path):
     assert both["top1_std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5, abs=1e-3)
     assert (one["seeds"], one["top1"], one["top1_std"]) == ("0", scores[2], "")
     assert list(both) == list(one)
+
+
+def test_rows_of_one_data_set_stay_together(runs, tmp_path):
+    folders = [runs / "plain_mamba_nano", runs / "local_vim_nano"]
+    assert not any("data" in row for row in leaderboard.collect(folders))
+    for folder in folders[:]:
+        folders.append(shutil.copytree(folder, tmp_path / folder.name))
+        config = folders[-1] / "config.yaml"
+        config.write_text(config.read_text().replace("name: digits", "name: fashion_mnist"))
+    rows = leaderboard.collect(folders)
+    assert [next(iter(row.items())) for row in rows] == [("data", "digits")] * 2 + [("data", "fashion_mnist")] * 2
+    assert rows[0]["top1"] >= rows[1]["top1"]
 
 
 def test_speeds_of_a_benchmark(runs, tmp_path):

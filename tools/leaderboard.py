@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, Any]]:
     """Makes the rows of the table, best first; one for all seeds of a run. Unfinished runs are reported and left out.
 
+    Where the runs are of several data sets, a column says of which, and the rows of one stay together.
+
     Args:
         runs: Folders of runs.
         recipe: Configuration that the runs' settings are compared with.
@@ -100,8 +102,10 @@ def collect(runs: Sequence[str | Path], recipe: str = RECIPE) -> list[dict[str, 
     rows = [row for group in seeds.values() for row in group.values()]
     if len(rows) > len(seeds):
         rows = _means(seeds)
+    if len({row["data"] for row in rows}) == 1:
+        rows = [{name: value for name, value in row.items() if name != "data"} for row in rows]
     goal = find_task(tasks.pop()).goal
-    return sorted(rows, key=lambda row: (-row[goal], row["model"]))
+    return sorted(rows, key=lambda row: (row.get("data", ""), -row[goal], row["model"]))
 
 
 def _row(run: Path, config: TrainConfig, log: Sequence[Mapping[str, float]], recipe: str) -> dict[str, Any]:
@@ -110,6 +114,7 @@ def _row(run: Path, config: TrainConfig, log: Sequence[Mapping[str, float]], rec
     size = (1, card.preprocessing.in_chans, *card.preprocessing.size)
     takes_images = config.task in ("classification", "segmentation")  # detectors take lists, towers texts too
     return {
+        "data": config.data.name,
         "model": config.model.name.partition(".")[0],  # a tag tells where the run started from
         **({"head": config.model.head} if hasattr(config.model, "head") else {}),
         "img_size": size[-1],
