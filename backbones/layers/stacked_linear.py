@@ -21,12 +21,9 @@ class _Products(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # with a setup_context, torch binds arguments in every call
+        ctx.save_for_backward(x, weight)
         return torch.bmm(x, weight.transpose(1, 2))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -45,14 +42,11 @@ class _Steps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(rows: Tensor, weight: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, rows: Tensor, weight: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(rows, weight)
+        ctx.states = states
         dt, B, C = _split(rows, weight.shape[2], states)
         return torch.bmm(dt.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, rows.shape[1:3]), B, C
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        rows, weight, ctx.states = inputs
-        ctx.save_for_backward(rows, weight)
 
     @staticmethod
     @once_differentiable
