@@ -427,8 +427,31 @@ def test_failure_names_the_module(folder, tmp_path):
     task.model.train()
     assert not task.loss(task.model, next(iter(task.train_loader))).isfinite()
     assert "'model.connector.layers.2.bias' is not finite" in task.explain_failure()
-    with pytest.raises(ValueError, match="no fixed shape"):
-        task.capture()
+
+
+def test_captured_towers_read_what_has_their_shape(folder, tmp_path, monkeypatch):
+    """In training; of the capture itself there is a test for GPUs."""
+    replayed = []
+
+    def capture(reader, shape, precision):
+        reader.register_forward_hook(lambda *_: replayed.append(reader.training))
+
+    monkeypatch.setattr("zoo.engine.tasks.vlm.capture_training", capture)
+    task = find_task("vlm")(small_config(folder, tmp_path), CPU)
+    names = task.model.state_dict().keys()
+    task.capture()
+    assert task.model.state_dict().keys() == names
+    vision, images = task.model.vision, torch.rand(7, 3, 16, 16)
+    expected, _ = vision.eval()(images)
+    assert not replayed
+    features, _ = vision.train()(images)
+    torch.testing.assert_close(features, expected)
+    assert replayed == [True] and features.requires_grad
+    vision(images[:3])
+    assert len(replayed) == 1
+    frozen = find_task("vlm")(small_config(folder, tmp_path, "model.freeze=[vision]"), CPU)
+    with pytest.raises(ValueError, match="captures vision towers that are trained; these are frozen"):
+        frozen.capture()
 
 
 # Several processes
@@ -476,3 +499,12 @@ def test_run_on_gpu(folder, tmp_path, connector, language):
     result = run(folder, tmp_path, *options, language=language)
     assert result.log[-1]["train_loss"] < result.log[0]["train_loss"]
     assert (tmp_path / "answers.csv").is_file()
+
+
+@pytest.mark.gpu
+def test_captured_towers_train_as_eager_ones(folder, tmp_path):
+    losses = []
+    for captured in ("false", "true"):
+        options = ["cpu=false", "precision=bf16", f"cuda_graph={captured}"]
+        losses.append(run(folder, tmp_path / captured, *options).log[-1]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

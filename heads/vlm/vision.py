@@ -10,7 +10,7 @@ import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-__all__ = ["VisionEncoder"]
+__all__ = ["TowerReader", "VisionEncoder"]
 
 
 class VisionEncoder(nn.Module):
@@ -26,6 +26,8 @@ class VisionEncoder(nn.Module):
 
     Attributes:
         num_features: Channels C of the features.
+        captured: By a tower's number, a :class:`TowerReader` of it whose training is captured in CUDA graphs, and the
+            shape of the images that these take; others are read as ever.
 
     Raises:
         ValueError: If there is no tower, or a tower has no such layer.
@@ -37,6 +39,7 @@ class VisionEncoder(nn.Module):
             raise ValueError("a vision encoder needs at least one tower")
         self.towers = nn.ModuleList(towers)
         self.indices = [_keep_layers(tower, layer) for tower in towers]
+        self.captured: dict[int, tuple[nn.Module, torch.Size]] = {}
         self.num_features = sum(
             FeatureInfo(tower.feature_info, [index]).channels()[0]
             for tower, index in zip(towers, self.indices, strict=True)
@@ -68,9 +71,33 @@ class VisionEncoder(nn.Module):
         trained = any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             x = ((images - mean) / std).to(next(tower.parameters()).dtype)
-            return tower.forward_intermediates(
-                x, indices=[self.indices[number]], stop_early=True, output_fmt="NCHW", intermediates_only=True
-            )[0]
+            reader, shape = self.captured.get(number, (None, None))
+            if not tower.training or x.shape != shape:
+                return _read_layer(tower, self.indices[number], x)
+            reader.training = True  # or it would not replay its graphs
+            return reader(x)
+
+
+class TowerReader(nn.Module):
+    """Images (M, 3, H, W) to the map (M, C, h, w) of one layer: tensors alone, as a CUDA graph takes and gives them.
+
+    Args:
+        tower: A model of timm or of this zoo.
+        index: The layer.
+    """
+
+    def __init__(self, tower: nn.Module, index: int) -> None:
+        super().__init__()
+        self.tower, self.index = tower, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to the map."""
+        return _read_layer(self.tower, self.index, x)
+
+
+def _read_layer(tower: nn.Module, index: int, x: Tensor) -> Tensor:
+    options = dict(indices=[index], stop_early=True, output_fmt="NCHW", intermediates_only=True)
+    return tower.forward_intermediates(x, **options)[0]
 
 
 def _keep_layers(tower: nn.Module, layer: int) -> int:

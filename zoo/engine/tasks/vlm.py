@@ -22,10 +22,12 @@ from zoo.data.conversations import open_conversations
 from zoo.engine.checkpoint import ModelCard, read_card
 from zoo.engine.evaluate import explain_nonfinite
 from zoo.engine.figures import can_draw
+from zoo.engine.graph import capture_training
 from zoo.engine.task import Place, Task, register_task
 from zoo.engine.vlm_build import build_vlm, create_from_card, encoder_of
 from zoo.engine.vlm_evaluate import Answer, OfImages, VlmValidation, inputs_of
 from zoo.files import replacing
+from zoo.heads.vlm import TowerReader
 from zoo.optional import require
 from zoo.plots import plot_images
 
@@ -88,6 +90,18 @@ class Vlm(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.validation.scores(model, **self.place.shares)
+
+    def capture(self) -> None:
+        """Captures the towers that are trained, for batches of one image a row; texts are of any length."""
+        vision, preprocessing = self.model.vision, self.card.preprocessing
+        shape = torch.Size((self.config.data.batch_size, preprocessing.in_chans, *preprocessing.size))
+        for number, (tower, index) in enumerate(zip(vision.towers, vision.indices, strict=True)):
+            if any(parameter.requires_grad for parameter in tower.parameters()):
+                reader = TowerReader(tower, index)
+                capture_training(reader, shape, self.config.precision)
+                vision.captured[number] = reader, shape
+        if not vision.captured:
+            raise ValueError("cuda_graph=true captures vision towers that are trained; these are frozen")
 
     def explain_failure(self) -> str:
         others = {name: value for name, value in self.batch.items() if name != "images"}
