@@ -20,6 +20,7 @@ from zoo.heads.layers import resize
 __all__ = ["IGNORED", "Segmentor", "check_masks", "predict_segmentation", "slide_logits"]
 
 IGNORED = 255  # label of pixels that nobody has labelled
+MOST_LOGITS = 1 << 26  # made at a time for the loss, of a pixel and a class each: 256 MiB
 
 
 class Segmentor(nn.Module):
@@ -112,23 +113,24 @@ class Segmentor(nn.Module):
     def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Mean over the labelled pixels of all images, each with the weight of its class.
 
-        Logits of the images' size are the largest tensors of a training step. They are made image by image, and again
-        in the backward instead of being kept.
+        Logits of the images' size are the largest tensors of a training step. They are made of a few images at a time,
+        and again in the backward instead of being kept.
         """
+        count = max(1, MOST_LOGITS // (logits.shape[1] * masks[0].numel()))
         sums = [
             checkpoint(self._sum_over_pixels, *each, use_reentrant=False)
-            for each in zip(logits.split(1), masks.split(1), strict=True)
+            for each in zip(logits.split(count), masks.split(count), strict=True)
         ]
         total, weight = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
         return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
 
-    def _sum_over_pixels(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the cross-entropy of an image's pixels, and of their weights."""
-        mask = mask.long()
-        logits = resize(logits.float(), mask.shape[-2:])
-        total = F.cross_entropy(logits, mask, self.class_weights, ignore_index=IGNORED, reduction="sum")
-        counts = mask != IGNORED
-        weights = counts if self.class_weights is None else counts * self.class_weights[mask.where(counts, 0)]
+    def _sum_over_pixels(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the cross-entropy of some images' pixels, and of their weights."""
+        masks = masks.long()
+        logits = resize(logits.float(), masks.shape[-2:])
+        total = F.cross_entropy(logits, masks, self.class_weights, ignore_index=IGNORED, reduction="sum")
+        counts = masks != IGNORED
+        weights = counts if self.class_weights is None else counts * self.class_weights[masks.where(counts, 0)]
         return total, weights.sum(dtype=torch.float32)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -387,6 +387,28 @@ def test_run_in_bfloat16_with_average_and_recomputation(folders, tmp_path, task)
     assert math.isfinite(result.log[-1]["train_loss"])
 
 
+JITTER = {"segmentation": [], "detection": ["augment.jitter=[0.5, 1.5]"]}  # after which all batches have one size
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_captured_backbones_see_the_batches_there_are(folders, tmp_path, task, monkeypatch):
+    captured, seen = [], []
+    monkeypatch.setattr(f"zoo.engine.tasks.{task}.capture_training", lambda *given: captured.append(given))
+    kind = find_task(task)(small_config(task, folders, tmp_path, *JITTER[task]), CPU)
+    kind.capture()
+    [(backbone, shape, precision)] = captured
+    backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    for batch in kind.train_loader:
+        kind.loss(kind.model.train(), batch)
+    assert set(seen) == {shape} and precision == "fp32"
+
+
+def test_backbones_are_not_captured_for_batches_of_any_size(folders, tmp_path):
+    kind = find_task("detection")(small_config("detection", folders, tmp_path), CPU)
+    with pytest.raises(ValueError, match="cuda_graph=true does not work for detection, whose batches have no fixed"):
+        kind.capture()
+
+
 SMALL_MODELS = {
     "vmamba": TINY,
     "vim": ["model.name=vim_nano.untrained", "model.kwargs={embed_dim: 16, depth: 2}", "model.patch_size=8"],
@@ -397,9 +419,11 @@ SMALL_MODELS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", SMALL_MODELS)
-def test_run_on_gpu(folders, tmp_path, task, name):
+@pytest.mark.parametrize("captured", ["false", "true"])
+def test_run_on_gpu(folders, tmp_path, task, name, captured):
     """Training, evaluation and prediction, with loaders in other processes."""
-    options = ["cpu=false", "precision=bf16", "ema_decay=0.9", "data.workers=1"]
+    options = ["cpu=false", "precision=bf16", "ema_decay=0.9", "data.workers=1", f"cuda_graph={captured}"]
+    options += JITTER[task]
     result = train(small_config(task, folders, tmp_path / "run", *options, model=SMALL_MODELS[name]))
     assert math.isfinite(result.log[-1]["train_loss"])
     model, card = load_trained(tmp_path / "run" / "last.safetensors")

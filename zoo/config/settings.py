@@ -120,7 +120,8 @@ class TrainConfig:
         precision: ``fp32``, or ``bf16`` or ``fp16`` automatic mixed precision.
         compile: Run the model through ``torch.compile``.
         cuda_graph: Replay the model's forward and backward from CUDA graphs, several times as fast where kernels are
-            short: small models, small images. For one GPU, without ``compile``.
+            short: small models, small images. For one GPU, without ``compile``. Of segmentors, detectors, CLIP and
+            vision-language models it is the backbones or vision towers that are captured.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time. ``block`` for whole
             blocks; ``scan`` in Vim and its relatives for what lies between a mixer's projections; default none.
         ema_decay: Decay per update of a moving average of the weights, which is then what is evaluated and kept;

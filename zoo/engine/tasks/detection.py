@@ -14,6 +14,7 @@ from zoo.engine.dense_build import box_loader, build_detector, open_boxes
 from zoo.engine.dense_evaluate import Gallery, evaluate_detection
 from zoo.engine.dense_report import attempt, class_ap_rows, draw_box_sheet, write_rows
 from zoo.engine.evaluate import explain_nonfinite
+from zoo.engine.graph import capture_training
 from zoo.engine.task import Place, Task, register_task
 
 __all__ = ["Detection"]
@@ -61,6 +62,14 @@ class Detection(Task):
             title = f"{self.card.model} on {self.card.data}, {_summary(scores)}"
             attempt(path.name, lambda: draw_box_sheet(gallery, self.card.shown_names, path, title))
         return scores
+
+    def capture(self) -> None:
+        """Captures the backbone, if all batches are squares of one size."""
+        config, data, size = self.config, self.config.data, self.config.data.max_size
+        if not config.augment.jitter and (data.name != "fashion_scenes" or data.min_size != [size]):
+            super().capture()
+        shape = (data.batch_size, self.card.preprocessing.in_chans, size, size)
+        capture_training(self.model.backbone.body, shape, config.precision)
 
     def explain_failure(self) -> str:
         names = [name for name, value in self.losses.items() if not value.isfinite().all()]

@@ -14,6 +14,7 @@ from zoo.engine.dense_evaluate import Gallery, evaluate_segmentation
 from zoo.engine.dense_report import attempt, class_iou_rows, draw_mask_sheet, write_rows
 from zoo.engine.evaluate import explain_nonfinite
 from zoo.engine.figures import can_draw, draw_confusion
+from zoo.engine.graph import capture_training
 from zoo.engine.task import Place, Task, register_task
 from zoo.segmentor import create_segmentor
 
@@ -60,6 +61,10 @@ class Segmentation(Task):
     def _draw(self, gallery: Gallery, title: str) -> None:
         path = Path(self.config.output) / "predictions.png"
         attempt(path.name, lambda: draw_mask_sheet(gallery, self.card.shown_names, path, title))
+
+    def capture(self) -> None:
+        shape = (self.config.data.batch_size, self.card.preprocessing.in_chans, *self.config.crop_size)
+        capture_training(self.model.backbone, shape, self.config.precision)  # which is most of the work
 
     def explain_failure(self) -> str:
         return explain_nonfinite(self.model, self.inputs)
