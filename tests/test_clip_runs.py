@@ -182,12 +182,12 @@ def pairs_config(pairs, output, *overrides, text_kwargs=("head_dim: 16", "d_stat
 
 
 def test_a_run_learns_pairs_and_classes_and_is_loaded_again(pairs, tmp_path, capsys):
-    result = train(pairs_config(pairs, tmp_path, "optim.epoch_updates=50"))
+    result = train(pairs_config(pairs, tmp_path, "optim.epoch_updates=70"))
     first, last = result.log[0], result.log[-1]
     assert last["train_loss"] < 0.7 * first["train_loss"]
-    assert result.best["recall1"] > 40 > 100 / 12  # of 12 captions one is right
+    assert result.best["recall1"] > 60 > 100 / 12  # of 12 captions one is right
     assert result.best["recall1"] == pytest.approx((result.best["i2t_recall1"] + result.best["t2i_recall1"]) / 2)
-    assert result.best["zero_shot_top1"] > 50  # of 4 classes
+    assert result.best["zero_shot_top1"] > 60  # of 4 classes
     assert (tmp_path / "captions.png").stat().st_size > 10_000
 
     _, card = load_trained(tmp_path / "last.safetensors")

@@ -205,7 +205,7 @@ def test_training_images_of_a_folder_repeat_with_the_epoch(digit_folder):
 
 
 def test_training_images_seed_no_gpu(digit_folder, monkeypatch):
-    """Without one in use, every seed of a GPU would be kept to be repeated, with a stack trace."""
+    """Without one in use, that takes a stack trace an image."""
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
     config = DataConfig(name="folder", root=str(digit_folder), batch_size=4, workers=0)
     loader, _ = file_loader(config, augment=AugmentConfig())

@@ -13,12 +13,16 @@ __all__ = ["project_steps", "stacked_linear"]
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that tensor cores' kernels read at a time
 
 
-class _Products(torch.autograd.Function):
-    """Rows (S, M, D) of S sets times the weights (S, R, D) of theirs, (S, M, R).
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Sums over the rows of S sets (S, M, R) and (S, M, D), (S, R, D), by one product a set.
 
-    The gradient of the weights is one product a set: a batched product shares the sum over all rows among no more
-    processors than the few outputs need.
+    A batched product shares the sum over all rows among no more processors than the few outputs need.
     """
+    return torch.stack([g.t() @ rows for g, rows in zip(grad, x, strict=True)])
+
+
+class _Products(torch.autograd.Function):
+    """Rows (S, M, D) of S sets times the weights (S, R, D) of theirs, (S, M, R)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # with a setup_context, torch binds arguments in every call
@@ -30,7 +34,7 @@ class _Products(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight = ctx.needs_input_grad
         d_x = torch.bmm(grad, weight) if of_x else None
-        d_weight = torch.stack([g.t() @ rows for g, rows in zip(grad, x, strict=True)]) if of_weight else None
+        d_weight = _weight_gradient(grad, x) if of_weight else None
         return d_x, d_weight
 
 
@@ -60,8 +64,7 @@ class _Steps(torch.autograd.Function):
         d_C.copy_(of_C)
         d_rows[..., rank + 2 * ctx.states :].zero_()
         if ctx.needs_input_grad[1]:
-            dt = rows[..., :rank].flatten(1, 2)
-            d_weight = torch.stack([g.t() @ own for g, own in zip(of_steps, dt, strict=True)])
+            d_weight = _weight_gradient(of_steps, rows[..., :rank].flatten(1, 2))
         return d_rows, d_weight, None
 
 

@@ -12,13 +12,12 @@ from zoo.heads.vlm.mixers import use_zoo_kernels
 from zoo.heads.vlm.model import VisionLanguageModel, VLMOutput
 from zoo.heads.vlm.prompts import CHAT_FORMATS, ChatFormat, collate, encode_conversation, padding_token
 from zoo.heads.vlm.state import DecoderState, read
-from zoo.heads.vlm.vision import TowerReader, VisionEncoder
+from zoo.heads.vlm.vision import VisionEncoder
 
 __all__ = [
     "CHAT_FORMATS",
     "ChatFormat",
     "DecoderState",
-    "TowerReader",
     "VLMOutput",
     "VisionEncoder",
     "VisionLanguageModel",

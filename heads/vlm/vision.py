@@ -10,7 +10,7 @@ import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-__all__ = ["TowerReader", "VisionEncoder"]
+__all__ = ["VisionEncoder"]
 
 
 class VisionEncoder(nn.Module):
@@ -26,8 +26,8 @@ class VisionEncoder(nn.Module):
 
     Attributes:
         num_features: Channels C of the features.
-        captured: By a tower's number, a :class:`TowerReader` of it whose training is captured in CUDA graphs, and the
-            shape of the images that these take; others are read as ever.
+        captured: By a tower's number, its reader (see :meth:`readers`) once its training is captured in CUDA graphs,
+            and the shape of the images that these take; others are read as ever.
 
     Raises:
         ValueError: If there is no tower, or a tower has no such layer.
@@ -65,11 +65,15 @@ class VisionEncoder(nn.Module):
         features = [each.flatten(2).transpose(1, 2) for each in maps]  # (M, N, C_i), views
         return (features[0] if len(features) == 1 else torch.cat(features, dim=-1)), grids.pop()
 
+    def readers(self) -> dict[int, nn.Module]:
+        """Modules of the trained towers, by number, that take images to one map: tensors alone, as CUDA graphs do."""
+        pairs = enumerate(zip(self.towers, self.indices, strict=True))
+        return {number: _Reader(tower, index) for number, (tower, index) in pairs if _is_trained(tower)}
+
     def _features(self, number: int, images: Tensor) -> Tensor:
         """Map (M, C_i, h, w) of one tower."""
         tower, mean, std = self.towers[number], getattr(self, f"mean{number}"), getattr(self, f"std{number}")
-        trained = any(parameter.requires_grad for parameter in tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(tower)):
             x = ((images - mean) / std).to(next(tower.parameters()).dtype)
             reader, shape = self.captured.get(number, (None, None))
             if not tower.training or x.shape != shape:
@@ -78,21 +82,17 @@ class VisionEncoder(nn.Module):
             return reader(x)
 
 
-class TowerReader(nn.Module):
-    """Images (M, 3, H, W) to the map (M, C, h, w) of one layer: tensors alone, as a CUDA graph takes and gives them.
-
-    Args:
-        tower: A model of timm or of this zoo.
-        index: The layer.
-    """
-
+class _Reader(nn.Module):
     def __init__(self, tower: nn.Module, index: int) -> None:
         super().__init__()
         self.tower, self.index = tower, index
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images to the map."""
         return _read_layer(self.tower, self.index, x)
+
+
+def _is_trained(tower: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in tower.parameters())
 
 
 def _read_layer(tower: nn.Module, index: int, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels import add_layer_norm, add_rms_norm
+from zoo.tools.benchmarks.cross_scan import STAGES
 from zoo.tools.benchmarks.measure import Machine, peer
 from zoo.tools.benchmarks.section import Implementation, Section
 
@@ -30,12 +31,11 @@ class Shape:
 
 def _shapes(batch: int) -> tuple[Shape, ...]:
     """The tokens of Vim-Ti and the four stages of VMamba-T, at 224 px."""
-    stages = ((96, 56), (192, 28), (384, 14), (768, 7))
     return (
         Shape("Vim-Ti", batch * 197, 192, centered=False),
         *(
             Shape(f"VMamba-T stage {stage}", batch * side**2, D, centered=True)
-            for stage, (D, side) in enumerate(stages, 1)
+            for stage, (D, side) in enumerate(STAGES, 1)
         ),
     )
 
@@ -51,8 +51,7 @@ class AddNorm(Section):
     def implementations(self, device: str) -> dict[str, Implementation]:
         """Ours, torch's three steps and, on GPUs, mamba_ssm's kernel if it is installed."""
         implementations = {"zoo": Implementation(_zoo), "torch: add, norm, cast": Implementation(_in_steps)}
-        fused = peer("mamba_ssm.ops.triton.layer_norm", "layer_norm_fn")
-        if device == "cuda" and fused is not None:
+        if device == "cuda" and (fused := peer("mamba_ssm.ops.triton.layer_norm", "layer_norm_fn")):
             implementations["mamba_ssm"] = Implementation(partial(_mamba_ssm, fused), peer=True)
         return implementations
 

@@ -11,7 +11,9 @@ from zoo.kernels import selective_scan
 from zoo.tools.benchmarks.measure import Machine, exponentials_ms
 from zoo.tools.benchmarks.section import Implementation, Section
 
-__all__ = ["CrossScan", "Shape"]
+__all__ = ["STAGES", "CrossScan", "Shape"]
+
+STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))  # channels and side of the map, of VMamba-T at 224 px
 
 REVERSE = (False, False, True, True)  # the table's last two rows are its first two from their ends
 
@@ -35,9 +37,8 @@ class Shape:
 
 def _stages(batch: int) -> tuple[Shape, ...]:
     """The four stages of VMamba-T at 224 px."""
-    sizes = ((96, 56), (192, 28), (384, 14), (768, 7))
     return tuple(
-        Shape(f"VMamba-T stage {stage}", batch, 4, D, side, side, 1) for stage, (D, side) in enumerate(sizes, 1)
+        Shape(f"VMamba-T stage {stage}", batch, 4, D, side, side, 1) for stage, (D, side) in enumerate(STAGES, 1)
     )
 
 

@@ -290,8 +290,8 @@ class _SeededImages(Dataset):
 def _seed(seed: int) -> None:
     """Seeds all that draws on the CPU.
 
-    ``torch.manual_seed`` would seed GPUs too. A main process that uses none only notes that, with a stack trace, for
-    every kind of device: a sixth of the time of an image, and memory that is never given back.
+    ``torch.manual_seed`` would seed GPUs too. A main process that uses none only notes that, with a stack trace for
+    every kind of device: a sixth of the time of an image.
     """
     random.seed(seed)
     np.random.seed(seed)

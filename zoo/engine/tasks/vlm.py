@@ -27,7 +27,6 @@ from zoo.engine.task import Place, Task, register_task
 from zoo.engine.vlm_build import build_vlm, create_from_card, encoder_of
 from zoo.engine.vlm_evaluate import Answer, OfImages, VlmValidation, inputs_of
 from zoo.files import replacing
-from zoo.heads.vlm import TowerReader
 from zoo.optional import require
 from zoo.plots import plot_images
 
@@ -95,11 +94,9 @@ class Vlm(Task):
         """Captures the towers that are trained, for batches of one image a row; texts are of any length."""
         vision, preprocessing = self.model.vision, self.card.preprocessing
         shape = torch.Size((self.config.data.batch_size, preprocessing.in_chans, *preprocessing.size))
-        for number, (tower, index) in enumerate(zip(vision.towers, vision.indices, strict=True)):
-            if any(parameter.requires_grad for parameter in tower.parameters()):
-                reader = TowerReader(tower, index)
-                capture_training(reader, shape, self.config.precision)
-                vision.captured[number] = reader, shape
+        for number, reader in vision.readers().items():
+            capture_training(reader, shape, self.config.precision)
+            vision.captured[number] = reader, shape
         if not vision.captured:
             raise ValueError("cuda_graph=true captures vision towers that are trained; these are frozen")
 
