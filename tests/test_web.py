@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -361,6 +362,47 @@ class TestBrowser:
         assert taken == answer.inner_text()
         panel.get_by_role("button", name="Start again").click()
         said(panel, "?").wait_for(state="detached")
+
+    @pytest.fixture
+    def go_on(self, monkeypatch):
+        """Answers say that half of them is there, and go on when this is set."""
+        event = threading.Event()
+        pieces = Assistant._pieces
+
+        def halting(self, *arguments):
+            yield "half an answer"
+            assert event.wait(PATIENCE / SECONDS)
+            yield from pieces(self, *arguments)
+
+        monkeypatch.setattr(Assistant, "_pieces", halting)
+        return event
+
+    @pytest.mark.parametrize("way", ["Start again", "Remove Image"])
+    def test_an_answer_that_is_left_does_not_come_back(self, visit, images, go_on, way):
+        page = visit()
+        panel = tab(page, "Ask")
+        send(panel, images / "dark.png")
+        ask(panel, "?")
+        said(panel, "half an answer").wait_for()
+        panel.get_by_role("button", name=way).click()
+        said(panel, "half an answer").wait_for(state="detached")
+        with page.expect_response(re.compile("queue/join")):  # made once the answer has ended
+            go_on.set()
+        page.wait_for_timeout(SECONDS)
+        assert panel.get_by_role("log").get_by_test_id("bot").count() == 0
+
+    def test_a_question_written_during_an_answer_is_asked_after_it(self, visit, images, go_on):
+        panel = tab(visit(), "Ask")
+        send(panel, images / "dark.png")
+        first, second = (question for question, _ in KNOWN[DARK])
+        ask(panel, first)
+        said(panel, "half an answer").wait_for()
+        ask(panel, second)
+        go_on.set()
+        said(panel, second).wait_for()
+        answers = panel.get_by_role("log").get_by_test_id("bot")
+        for nth, (_, answer) in enumerate(KNOWN[DARK]):
+            answers.nth(nth).filter(has_text=answer).wait_for()
 
     @pytest.mark.slow
     def test_conversations_of_two_visitors(self, visit, images):

@@ -234,10 +234,13 @@ def _ask_tab(gr: Any, assistant: Assistant | None) -> None:
 
     def ask(
         text: str, upload: dict[str, Any] | None, talk: _Talk | None, temperature: float, longest: int
-    ) -> Iterator[tuple[list[Any], str, _Talk]]:
-        text = (text or "").strip()[:LONGEST_QUESTION]
-        if upload is None or not text:
-            raise ValueError("choose an image first" if upload is None else "write a question first")
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        text, unchanged = (text or "").strip()[:LONGEST_QUESTION], gr.skip()
+        if upload is None:
+            raise ValueError("choose an image first")
+        if not text:
+            yield unchanged, unchanged, unchanged
+            return
         file = _uploaded(gr, upload)
         if talk is None or talk.file != file:
             talk = _Talk(file, assistant.another())
@@ -251,28 +254,34 @@ def _ask_tab(gr: Any, assistant: Assistant | None) -> None:
             answer["content"] += _literally(piece)
             if talk.stopped:
                 return
-            yield messages, "", talk
+            yield messages, unchanged, unchanged  # meanwhile the next question may be written
 
     def stop_answer(talk: _Talk | None) -> None:
         if talk is not None:
             talk.stopped = True
+
+    def show(talk: _Talk | None) -> list[Any]:
+        return talk.messages if talk else []
 
     def start_again(talk: _Talk | None) -> list[Any]:
         if talk is not None:
             talk.restart()
         return []
 
-    def look_elsewhere(upload: dict[str, Any] | None, talk: _Talk | None) -> tuple[list[Any], _Talk | None]:
+    def look_elsewhere(upload: dict[str, Any] | None, talk: _Talk | None) -> list[Any]:
         if talk is None or (upload is not None and _uploaded(gr, upload) == talk.file):
-            return (talk.messages if talk else []), talk
-        talk.stopped = True
-        return [], None
+            return show(talk)
+        return start_again(talk)
 
     asking, shown = [question, image, talk, temperature, longest], [chat, question, talk]
-    question.submit(_telling(gr, ask), asking, shown, **_PRIVATE)
+    asked = question.submit(_telling(gr, ask), asking, shown, trigger_mode="always_last", **_PRIVATE)
     stop.click(stop_answer, talk, None, **_PRIVATE)
-    gr.on([anew.click, chat.clear], start_again, talk, chat, **_PRIVATE)
-    image.change(look_elsewhere, [image, talk], [chat, talk], **_PRIVATE)
+    # The end of an answer arrives with all of its conversation, which may have been left meanwhile. So the chat is
+    # shown as it is once more; one change at a time, because gradio promises no order of those side by side.
+    in_turn = dict(concurrency_id="conversation", concurrency_limit=1, **_PRIVATE)
+    asked.then(show, talk, chat, **in_turn)
+    gr.on([anew.click, chat.clear], start_again, talk, chat, **in_turn)
+    image.change(look_elsewhere, [image, talk], chat, **in_turn)
 
 
 # Components' values come as they were sent: opening an image, and saying what is wrong with it, is done here.
