@@ -40,11 +40,11 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
+from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.multi_scale import MultiScaleMixer, resize_global_bias
 from zoo.backbones.layers.position import record_input_size
-from zoo.backbones.layers.ss2d import DepthwiseConv
 from zoo.backbones.layers.vss import make_norm
 from zoo.registry import build_model_with_cfg
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
+from zoo.backbones.layers.conv_norm import conv_norm, convolve
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.ss2d import SS2D, Paths, from_authors_name
@@ -104,6 +105,27 @@ class AtrousSS2D(SS2D):
         return self.ssm.paths(delta.unsqueeze(1).expand(-1, K, -1, -1), B.transpose(1, 2), C.transpose(1, 2))
 
 
+class ConvBranch(nn.Sequential):
+    """Depth-wise convolution, batch norm, GELU and 1 x 1 convolution of maps (B, H, W, C).
+
+    Args:
+        dim: Channels C.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
+            nn.BatchNorm2d(dim, **dd),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 1, **dd),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to map (B, H, W, C)."""
+        return convolve(conv_norm(x, self[0], self[1], "gelu"), self[3])
+
+
 class EVSSBlock(nn.Module):
     """A scan and a convolution of the same normed map, weighed by one gate and added (section 4.2).
 
@@ -132,12 +154,7 @@ class EVSSBlock(nn.Module):
             raise ValueError(f"a block needs at least 8 channels, got {dim}")
         self.norm = LayerNorm(dim, **dd)
         self.mixer = mixer
-        self.conv_branch = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
-            nn.BatchNorm2d(dim, **dd),
-            nn.GELU(),
-            nn.Conv2d(dim, dim, 1, **dd),
-        )
+        self.conv_branch = ConvBranch(dim, **dd)
         self.gate = ChannelAttention(dim, **dd)
         self.norm2 = LayerNorm(dim, **dd) if mlp_ratio > 0 else None
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio > 0 else None
@@ -147,8 +164,8 @@ class EVSSBlock(nn.Module):
         """Map (B, H, W, C) to map (B, H, W, C)."""
         normed = self.norm(x)
         scanned = self.mixer(normed)
-        convolved = self.conv_branch(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last views
-        update = scanned * self.gate(scanned) + convolved * self.gate(convolved)
+        convolved = self.conv_branch(normed)
+        update = torch.addcmul(scanned * self.gate(scanned), convolved, self.gate(convolved))
         if self.mlp is None:
             return x + self.drop_path(update)
         x, normed = add_norm(x, update, self.norm2, self.drop_path)
@@ -177,7 +194,10 @@ class InvertedResidualBlock(InvertedResidual):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to map (B, H, W, C)."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last views
+        y = conv_norm(x, self.conv_pw, self.bn1, "relu")
+        y = conv_norm(y, self.conv_dw, self.bn2, "relu")
+        y = self.se(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last views
+        return x + self.drop_path(conv_norm(y, self.conv_pwl, self.bn3))
 
 
 class EfficientVMamba(HierarchicalBackbone):

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
+from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
-from zoo.backbones.layers.ss2d import DepthwiseConv, Paths, SelectivePaths
+from zoo.backbones.layers.ss2d import Paths, SelectivePaths
 from zoo.backbones.layers.vss import PatchMerging, PatchStem, VSSBlock, VSSStage
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.local import check_direction
@@ -107,7 +108,7 @@ class LocalSS2D(nn.Module):
         inner = int(ssm_ratio * dim)
         self.directions = tuple(directions)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.conv = DepthwiseConv(inner, d_conv, **dd)
+        self.conv = DepthwiseConv(inner, d_conv, activation="silu", **dd)
         self.ssm = SelectivePaths(inner, len(directions), d_state, dt_rank or -(-dim // 16), lb_window, **dd)
         self.attention = ChannelAttention(inner, **dd)
         self.direction_weight = nn.Parameter(torch.zeros(len(directions), **dd)) if search else None
@@ -123,7 +124,7 @@ class LocalSS2D(nn.Module):
         """Map (B, H, W, D) to map (B, H, W, D)."""
         H, W = x.shape[1:3]
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, E)
-        u = F.silu(self.conv(x)).flatten(1, 2)  # (B, L, E)
+        u = self.conv(x).flatten(1, 2)  # (B, L, E)
         out = u.new_zeros(())
         for k, (direction, path) in enumerate(zip(self.directions, self.ssm.project(u).split(), strict=True)):
             y = self._scan(u, path, _route(direction, H, W, u.device))

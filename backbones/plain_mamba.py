@@ -34,6 +34,8 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import unwrap_checkpoint
 from zoo.backbones.layers.columnar import ColumnarBackbone, Stream, fit_checkpoint
+from zoo.backbones.layers.conv_norm import conv_norm
+from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.layer_shuffle import LayerShuffle, TokenOrder, restore_tokens, shuffle_tokens
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
@@ -99,7 +101,7 @@ class SnakeMixer(nn.Module):
         self.pairing = pairing
         self.lb_window = lb_window
         self.in_proj = nn.Linear(dim, 2 * inner, **dd)
-        self.conv = nn.Conv2d(inner, inner, conv_size, padding=conv_size // 2, groups=inner, **dd)
+        self.conv = DepthwiseConv(inner, conv_size, activation="silu", **dd)
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(rank, inner, bias=False, **dd)
         self.dt_bias = nn.Parameter(torch.empty(inner, **dd))
@@ -127,8 +129,7 @@ class SnakeMixer(nn.Module):
         paths, steps, moves = _snake_tables(*grid, x.device)
         K = len(paths)
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) views of one GEMM's output
-        image = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, E, H, W), a channels-last view
-        u = F.silu(self.conv(image)).flatten(2).transpose(1, 2)  # (B, L, E)
+        u = self.conv(x.unflatten(1, grid)).flatten(1, 2)  # (B, L, E)
         # Where steps and tokens are paired by position, the few numbers a step's parameters are made of are looked up.
         parameters = self.x_proj(u)
         parameters = parameters[:, steps] if self.pairing == "position" else parameters.unsqueeze(1)
@@ -250,8 +251,8 @@ class PlainMambaBlock(nn.Module):
         x = x + self.drop_path(restore_tokens(update, order))
         if self.dwconv is None:
             return x
-        image = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, H, W), a channels-last view
-        return self.dwconv(image).flatten(2).transpose(1, 2)
+        conv, norm, _ = self.dwconv
+        return conv_norm(x.unflatten(1, grid), conv, norm, "gelu").flatten(1, 2)
 
 
 class PlainMamba(ColumnarBackbone):

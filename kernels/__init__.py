@@ -8,18 +8,22 @@ from zoo.kernels._backend import Backend, backend, use_backend
 from zoo.kernels.add_norm import MAX_NORM_CHANNELS, add_layer_norm, add_rms_norm
 from zoo.kernels.causal_conv1d import causal_conv1d
 from zoo.kernels.custom_op import custom_op
+from zoo.kernels.depthwise_conv2d import DEPTHWISE_KERNELS, Activation, depthwise_conv2d
 from zoo.kernels.selective_scan import LARGEST_WINDOW, selective_scan, selective_scan_fn
 from zoo.kernels.ssd import ssd
 
 __all__ = [
+    "DEPTHWISE_KERNELS",
     "LARGEST_WINDOW",
     "MAX_NORM_CHANNELS",
+    "Activation",
     "Backend",
     "add_layer_norm",
     "add_rms_norm",
     "backend",
     "causal_conv1d",
     "custom_op",
+    "depthwise_conv2d",
     "selective_scan",
     "selective_scan_fn",
     "ssd",

@@ -24,7 +24,7 @@ def test_reports_versions_backends_and_checks(monkeypatch, capsys):
     assert ["ZOO_CACHE", "/some/where"] in lines
     assert "cpu              cpu (vectorised torch code is the fast path for cpu tensors" in out
     assert "FAIL" not in out
-    for op in ("selective_scan", "ssd", "causal_conv1d"):
+    for op in ("selective_scan", "ssd", "causal_conv1d", "depthwise_conv2d"):
         assert f"PASS {op} on cpu: largest error" in out
 
 

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
+from torch import nn
 
 import zoo
 from zoo.backbones.efficient_vmamba import AtrousSS2D, EfficientVMamba, checkpoint_filter_fn, from_upstream
@@ -76,7 +77,8 @@ def walk_by_hand(mixer: AtrousSS2D, x: torch.Tensor) -> torch.Tensor:
     """The mixer path by path on reordered copies, padding cells included."""
     H, W = x.shape[1:3]
     x, z = mixer.in_proj(x).chunk(2, dim=-1)
-    u = F.silu(mixer.conv(x)).flatten(1, 2)
+    convolved = F.conv2d(x.permute(0, 3, 1, 2), *mixer.conv.parameters(), padding=1, groups=x.shape[3])
+    u = F.silu(convolved.flatten(2).transpose(1, 2))
     padded = torch.cat([u, torch.zeros_like(u[:, :1])], dim=1)  # the last token is what -1 reads
     y, ssm = torch.zeros_like(padded), mixer.ssm
     for k, path in enumerate(scan_paths("atrous", H, W, rate=mixer.rate).long()):
@@ -128,7 +130,7 @@ def test_block_adds_gated_branches():
     block = make().stages[0].blocks[0].eval()
     x = torch.randn(2, 5, 4, 8)
     normed = block.norm(x)
-    convolved = block.conv_branch(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    convolved = nn.Sequential(*block.conv_branch)(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     expected = x
     for branch in (block.mixer(normed), convolved):
         mean = F.layer_norm(branch, (8,)).mean((1, 2))

@@ -19,7 +19,15 @@ from zoo.backbones import FAMILIES
 from zoo.backbones.layers.neighborhood import axis_windows, neighborhood_aggregate, neighborhood_maps
 from zoo.data import Preprocessing
 from zoo.engine import ModelCard, save_weights
-from zoo.kernels import add_layer_norm, add_rms_norm, causal_conv1d, selective_scan, ssd, use_backend
+from zoo.kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    causal_conv1d,
+    depthwise_conv2d,
+    selective_scan,
+    ssd,
+    use_backend,
+)
 from zoo.tools import export
 from zoo.tools.exporting import onnx_file
 from zoo.tools.exporting.decompositions import DECOMPOSITIONS, window_axis
@@ -151,6 +159,14 @@ def conv(x: Tensor) -> list[Tensor]:
     ]
 
 
+def maps(x: Tensor) -> list[Tensor]:
+    """Convolutions of maps (B, 3, 3, 6) made from x (B, 9, 6)."""
+    weight, bias = torch.linspace(-1, 1, 54, dtype=x.dtype).view(6, 3, 3), torch.linspace(-1, 1, 6, dtype=x.dtype)
+    grid = x.unflatten(1, (3, 3))
+    kinds = [(bias, "silu"), (bias, "gelu"), (None, "relu"), (None, None)]
+    return [depthwise_conv2d(grid, weight, shift, activation=activation) for shift, activation in kinds]
+
+
 def heads(x: Tensor) -> list[Tensor]:
     """SSD over tokens (B, 9, 6) as 2 heads of 3 channels."""
     scale, values = x.mean((1, 2)).view(-1, 1, 1, 1), x.unflatten(2, (2, 3))
@@ -196,7 +212,8 @@ class Everything(nn.Module):
     """All operators with all of their options, one after the other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        results = [*(out for scan in SCANS.values() for out in scan(x)), *conv(x), *heads(x), *norms(x), *attend(x)]
+        scans = [out for scan in SCANS.values() for out in scan(x)]
+        results = [*scans, *conv(x), *maps(x), *heads(x), *norms(x), *attend(x)]
         return torch.cat([result.flatten() for result in results])
 
 

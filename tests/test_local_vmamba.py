@@ -79,7 +79,8 @@ def walk_by_hand(mixer: LocalSS2D, x: torch.Tensor) -> torch.Tensor:
     """The mixer with padded and reordered copies, direction by direction, as the authors describe it."""
     H, W = x.shape[1:3]
     x, z = mixer.in_proj(x).chunk(2, dim=-1)
-    u, ssm, outputs = F.silu(mixer.conv(x)).flatten(1, 2), mixer.ssm, []
+    convolved = F.conv2d(x.permute(0, 3, 1, 2), *mixer.conv.parameters(), padding=1, groups=x.shape[3])
+    u, ssm, outputs = F.silu(convolved.flatten(2).transpose(1, 2)), mixer.ssm, []
     for k, direction in enumerate(mixer.directions):
         order = local_order(direction, H, W)
         walked = F.pad(u, (0, 0, 0, len(order) - H * W))[:, order]

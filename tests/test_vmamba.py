@@ -80,7 +80,8 @@ def walk_by_hand(mixer: SS2D, x: torch.Tensor) -> torch.Tensor:
     """The mixer with a reordered copy for every path, as the paper and the authors describe it."""
     batch, H, W, _ = x.shape
     x, z = mixer.in_proj(x).chunk(2, dim=-1)
-    u = F.silu(mixer.conv(x)).flatten(1, 2)
+    convolved = F.conv2d(x.permute(0, 3, 1, 2), *mixer.conv.parameters(), padding=1, groups=x.shape[3])
+    u = F.silu(convolved.flatten(2).transpose(1, 2))
     if mixer.scan in FULL_SCANS:
         rows = torch.arange(H * W)
         second = rows.view(H, W).t().flatten() if mixer.scan == "cross" else rows
@@ -157,7 +158,7 @@ def test_hot_path_neither_permutes_nor_copies_activations():
     with torch.no_grad(), Recorder() as recorder:
         mixer(x)
     products = ["mm"] * 3 + ["bmm"]
-    expected = [*products, "convolution", "exp", "neg", "selective_scan", "silu", "native_layer_norm"]
+    expected = [*products, "convolution", "exp", "neg", "selective_scan", "silu_", "native_layer_norm"]
     assert sorted(op for op in recorder.ops if op not in views) == sorted(expected)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo import __version__, backend, use_backend
-from zoo.kernels import causal_conv1d, selective_scan, ssd
+from zoo.kernels import causal_conv1d, depthwise_conv2d, selective_scan, ssd
 
 DISTRIBUTION = "vision-ssm-zoo"
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numba")
@@ -131,10 +131,22 @@ def run_convolution(**inputs: Tensor) -> Tensor:
     return causal_conv1d(**inputs, activation="silu", reverse=[False, True])
 
 
+def map_inputs() -> dict[str, Tensor]:
+    """Two maps whose rows, columns and channels fill no block."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = dict(x=(2, 13, 11, 40), weight=(40, 3, 3), bias=(40,))
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def run_map_convolution(**inputs: Tensor) -> Tensor:
+    return depthwise_conv2d(**inputs, activation="silu")
+
+
 CHECKS = {
     "selective_scan": (run_scan, scan_inputs),
     "ssd": (run_ssd, ssd_inputs),
     "causal_conv1d": (run_convolution, convolution_inputs),
+    "depthwise_conv2d": (run_map_convolution, map_inputs),
 }
 
 

@@ -13,10 +13,10 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import numbers_for_trace
+from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.neighborhood import neighborhood_aggregate, neighborhood_maps
 from zoo.backbones.layers.recurrence import init_steps, negative_exp
-from zoo.backbones.layers.ss2d import DepthwiseConv
 from zoo.backbones.layers.vss import make_norm
 from zoo.backbones.scans.memory import remember_tables
 from zoo.kernels import selective_scan
@@ -99,7 +99,7 @@ class AttentionAugmentedSSM(nn.Module):
         rank = math.ceil(dim / 16)
         self.splits = [rank, 1, 1]
         self.num_heads = num_heads
-        self.conv = DepthwiseConv(dim, 5, **dd)
+        self.conv = DepthwiseConv(dim, 5, activation="silu", **dd)
         self.x_proj = nn.Linear(dim, rank + 2, bias=False, **dd)
         self.dt_proj = nn.Linear(rank, dim, bias=False, **dd)
         self.dt_bias = nn.Parameter(torch.empty(dim, **dd))
@@ -119,7 +119,7 @@ class AttentionAugmentedSSM(nn.Module):
 
     def forward(self, x: Tensor, maps: ScaleMaps | None = None) -> Tensor:
         """Map (B, H, W, C) to map (B, H, W, C); without attention maps states are read as they are."""
-        x = F.silu(self.conv(x))
+        x = self.conv(x)
         u = x.flatten(1, 2)
         dt, B, C = self.x_proj(u).split(self.splits, dim=-1)
         # Read by ones, the scan's output is its single state.

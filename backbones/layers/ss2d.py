@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.layers.stacked_linear import project_steps
@@ -21,7 +22,6 @@ from zoo.kernels import selective_scan, ssd
 
 __all__ = [
     "SS2D",
-    "DepthwiseConv",
     "Gate",
     "OutputNorm",
     "Paths",
@@ -232,30 +232,6 @@ class SSDPaths(nn.Module):
         return torch.addcmul(y.flatten(2), u, self.D.sum(0).flatten().to(u.dtype))
 
 
-class DepthwiseConv(nn.Conv2d):
-    """Depth-wise convolution of maps (B, H, W, C) that keeps their size.
-
-    Args:
-        dim: Channels C.
-        size: Side of the kernel, odd.
-        bias: Whether a bias is added.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        size: int = 3,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, dim, size, padding=size // 2, groups=dim, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to map (B, H, W, C)."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last views
-
-
 class SpatialSoftmax(nn.Module):
     """Softmax over the cells of a map (B, H, W, C), channel by channel."""
 
@@ -352,8 +328,8 @@ class SS2D(nn.Module):
             self.reverse = (False,) * len(scan_paths(scan, 2, 2, **self.scan_options))
         self.gate, self.output_activation = gate, output_activation
         self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False, **dd)
-        self.conv = DepthwiseConv(inner, d_conv, conv_bias, **dd) if d_conv > 1 else nn.Identity()
         self.act = ACTIVATIONS[activation]()
+        self.conv = DepthwiseConv(inner, d_conv, conv_bias, activation, **dd) if d_conv > 1 else self.act
         if recurrence == "ssd":
             self.ssm = SSDPaths(inner, len(self.reverse), d_state, rank, **dd)
         else:
@@ -366,7 +342,7 @@ class SS2D(nn.Module):
         """Map (B, H, W, D) to map (B, H, W, D)."""
         x = self.in_proj(x)  # (B, H, W, E or 2 E)
         x, z = (x, None) if self.gate is None else x.chunk(2, dim=-1)
-        u = self.act(self.conv(x))
+        u = self.conv(x)
         y = self._cascade(u) if self.scan == CASCADE else self._scan(u)
         y = self.out_norm(y.to(self.out_proj.weight.dtype) if u.dtype == torch.float16 else y).to(u.dtype)
         if self.output_activation:

@@ -279,6 +279,13 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, re
     return torch.stack(outputs)
 
 
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """``zoo::depthwise_conv2d`` as an ordinary convolution."""
+    images, side = x.permute(0, 3, 1, 2), weight.shape[-1]
+    y = F.conv2d(images, weight.unsqueeze(1), bias, padding=side // 2, groups=len(weight)).permute(0, 2, 3, 1)
+    return y if activation is None else getattr(F, activation)(y)
+
+
 def add_norm(
     stream: Tensor,
     update: Tensor | None,
@@ -358,6 +365,7 @@ DECOMPOSITIONS: dict[Any, Callable] = {
     torch.ops.zoo.selective_scan.default: selective_scan,
     torch.ops.zoo.ssd.default: ssd,
     torch.ops.zoo.causal_conv1d.default: causal_conv1d,
+    torch.ops.zoo.depthwise_conv2d.default: depthwise_conv2d,
     torch.ops.zoo.add_norm.default: add_norm,
     torch.ops.zoo.neighborhood_maps.default: neighborhood_maps,
     torch.ops.zoo.neighborhood_aggregate.default: neighborhood_aggregate,

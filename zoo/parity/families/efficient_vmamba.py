@@ -72,7 +72,6 @@ def _block(case: Case) -> dict[str, Tensor]:
     x = case.inputs()["x"]
     y = block(x)
     y.square().sum().backward()
-    outputs["output.conv_branch"] = outputs["output.conv_branch"].permute(0, 2, 3, 1)
     for gated, branch in (("se_of_ssm", "ssm_branch"), ("se_of_conv", "conv_branch")):
         feature = outputs[f"output.{branch}"]
         outputs[f"output.{gated}"] = feature * block.gate(feature)

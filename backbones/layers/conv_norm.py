@@ -1,0 +1,78 @@
+"""Convolution, batch norm and activation of channels-last maps: one step where the norm is fixed."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from zoo.backbones.layers.depthwise_conv import activate, depthwise_conv
+from zoo.kernels import Activation
+
+__all__ = ["conv_norm", "convolve"]
+
+# In this file, too, FX sees them as single nodes.
+torch.fx.wrap("activate")
+torch.fx.wrap("depthwise_conv")
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Convolves a map (B, H, W, C) with a 1 x 1 convolution, or a depth-wise one of an odd size that keeps its size."""
+    return _convolve(x, conv, conv.weight, conv.bias) if _is_plain(conv) else _call(conv, x)
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Activation | None = None) -> Tensor:
+    """Convolves a map, norms and activates it. A norm that is evaluated is folded into the convolution's weights.
+
+    Args:
+        x: Map (B, H, W, C).
+        conv: Convolution as of :func:`convolve`.
+        norm: Batch norm of its output.
+        activation: ``"silu"``, ``"gelu"``, ``"relu"`` or None; the one that ``norm`` has if it is a ``BatchNormAct2d``.
+
+    Returns:
+        Map (B, H, W, C').
+    """
+    if _is_plain(conv) and isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_var is not None:
+        return _convolve(x, conv, *_folded(conv, norm), activation)
+    y = _call(norm, convolve(x, conv))
+    return y if isinstance(norm, BatchNormAct2d) else activate(y, activation)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether weights say all there is: adapters that stand for a convolution have to be called."""
+    return type(conv) is nn.Conv2d
+
+
+def _call(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer of images applied to a map, through channels-last views."""
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _convolve(
+    x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, activation: Activation | None = None
+) -> Tensor:
+    """The convolution with other weights."""
+    if conv.groups > 1:
+        return depthwise_conv(x, weight, bias, activation)
+    return activate(_pointwise(x, weight, bias), activation)
+
+
+@torch.fx.wrap
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Map (B, H, W, C) convolved with 1 x 1 kernels (C', C, 1, 1).
+
+    On GPUs it is a linear layer, whose bias costs nothing. On CPUs torch's convolutions are oneDNN's, which on those of
+    AMD are twice as fast as MKL's products.
+    """
+    if x.device.type == "cpu":
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)  # channels-last views
+    return F.linear(x, weight.flatten(1), bias)
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight (C', C / groups, k, k) and bias (C',) of the convolution followed by the norm."""
+    wide = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+    shift = norm.running_mean.to(wide) if conv.bias is None else norm.running_mean.to(wide) - conv.bias
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return weight.to(conv.weight.dtype), (norm.bias - shift * scale).to(conv.weight.dtype)
