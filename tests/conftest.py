@@ -3,7 +3,10 @@
 import importlib.util
 import os
 import random
-from collections.abc import Iterator
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,3 +53,26 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and under ``pytest -m gpu`` the GPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def foreign_file() -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).with_name("foreign_device.py")))
+
+
+@pytest.fixture
+def foreign(foreign_file: dict[str, Any]) -> Iterator[torch.device]:
+    """A device on which a tensor that was left on the CPU is an error, see ``foreign_device.py``."""
+    with foreign_file["foreign_device"]() as device:
+        yield device
+
+
+@pytest.fixture
+def train_elsewhere(
+    foreign: torch.device, foreign_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Any], dict[str, float]]:
+    """Trains as configured for two batches on that device, and returns the scores."""
+    from zoo.engine.task import Place, find_task
+
+    monkeypatch.setattr(Place, "generator", torch.default_generator)  # it has no generator of its own
+    return lambda config: foreign_file["train_and_evaluate"](find_task(config.task)(config, Place(foreign)))

@@ -299,6 +299,10 @@ def test_two_processes_train_as_one(pairs, tmp_path, loss):
     assert logs[1]["val_loss"] == pytest.approx(logs[0]["val_loss"], rel=1e-4)
 
 
+def test_nothing_is_left_on_the_cpu(pairs, tmp_path, train_elsewhere):
+    assert train_elsewhere(pairs_config(pairs, tmp_path))["val_loss"] > 0
+
+
 @pytest.mark.gpu
 def test_captured_image_tower_trains_as_the_eager_one(pairs, tmp_path):
     losses = []

@@ -416,6 +416,13 @@ SMALL_MODELS = {
 }
 
 
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_nothing_is_left_on_the_cpu(folders, tmp_path, train_elsewhere, task, name):
+    config = small_config(task, folders, tmp_path, *JITTER[task], model=SMALL_MODELS[name])
+    assert {"segmentation": "miou", "detection": "box_ap"}[task] in train_elsewhere(config)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", SMALL_MODELS)

@@ -83,4 +83,4 @@ def test_installed_wheel_works_from_another_folder(installed, tmp_path):
     paths, shape, checks = run_installed(installed, tmp_path, "-c", code).splitlines()
     assert all(path.startswith(str(installed)) for path in paths.split())
     assert shape == "(2, 10)"
-    assert checks == "[True, True, True]"
+    assert checks == "[True, True, True, True]"

@@ -482,6 +482,14 @@ def test_run_in_bfloat16_with_average_and_recomputation(folder, tmp_path):
     assert load_vlm(tmp_path).image_token_id == -200
 
 
+@pytest.mark.parametrize("language", LANGUAGE)
+@pytest.mark.parametrize("connector", ["mlp_connector", "mamba2_scan_connector"])
+def test_nothing_is_left_on_the_cpu(folder, tmp_path, train_elsewhere, connector, language):
+    """Answers to questions included."""
+    options = [f"model.connector={connector}", "evaluation.questions=8"]
+    assert train_elsewhere(small_config(folder, tmp_path, *options, language=language))["val_loss"] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("language", LANGUAGE)
 @pytest.mark.parametrize(
