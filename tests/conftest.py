@@ -13,6 +13,7 @@ import pytest
 import torch
 
 HAS_CUDA = torch.cuda.is_available()
+ON_FOREIGN_DEVICE = os.environ.get("ZOO_FOREIGN_DEVICE") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 torch.set_num_threads(1)  # one test process per core (pytest -n) is fast; threads that wait for each other are not
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for processes that tests start
@@ -20,8 +21,15 @@ if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, by a test
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips GPU tests without a GPU, and interpreted kernels where Triton is missing or compiles for the GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips GPU tests without a GPU, and interpreted kernels where Triton is missing or compiles for the GPU.
+
+    Tests on the foreign device are for processes of their own, which ``test_foreign_device.py`` starts: torch cannot
+    forget a device.
+    """
+    elsewhere = [item for item in items if ("foreign" in item.fixturenames) != ON_FOREIGN_DEVICE]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
     interpreting = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         if "gpu" in item.keywords and not HAS_CUDA:
@@ -57,6 +65,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def foreign_file() -> dict[str, Any]:
+    """What ``foreign_device.py`` defines."""
     return runpy.run_path(str(Path(__file__).with_name("foreign_device.py")))
 
 

@@ -104,7 +104,7 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 @contextlib.contextmanager
 def foreign_device() -> Iterator[torch.device]:
     """The device, which exists inside of the ``with`` block."""
-    if torch._C._get_privateuse1_backend_name() != NAME:
+    if torch._C._get_privateuse1_backend_name() != NAME:  # for good
         backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     replaces = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # parameters become tensors of another class

@@ -1,6 +1,10 @@
 """What is never left on the CPU: tables, constants and states of models, on a device that does not take it."""
 
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,21 @@ AUGMENTED = {
     "mixed": ["augment.mixup=0.8", "augment.cutmix=1.0", "augment.erase=0.5"],
     "shuffled": ["model.kwargs.layer_shuffle=0.9"],
 }
+
+
+TASKS = ("test_vlm_task.py", "test_clip_runs.py", "test_dense_tasks.py")
+FILES = ("test_foreign_device.py", "test_vlm_decoders.py", *TASKS)
+
+
+def test_a_process_on_the_foreign_device():
+    """Runs the tests below, and those of other files that ask for the device."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
+    environment = {**os.environ, "ZOO_FOREIGN_DEVICE": "1"}
+    done = subprocess.run([*command, *files], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-10_000:]
+    (passed,) = re.findall(r"(\d+) passed", done.stdout)
+    assert int(passed) > len(NANOS) + len(AUGMENTED)
 
 
 def test_a_tensor_that_was_left_on_the_cpu_is_an_error(foreign):

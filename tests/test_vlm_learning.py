@@ -9,7 +9,7 @@ from zoo.data.conversation_loader import ConversationLoader
 from zoo.data.conversations import Conversation, Conversations, draw_conversations
 from zoo.data.scenes import FashionScenes
 from zoo.engine.vlm_build import build_vlm, encoder_of
-from zoo.engine.vlm_evaluate import Questions, answer_questions, answer_scores, inputs_of, mean_color
+from zoo.engine.vlm_evaluate import Answer, Questions, answer_questions, answer_scores, inputs_of, mean_color
 
 pytest.importorskip("transformers", reason="needs transformers")
 
@@ -158,3 +158,15 @@ def test_a_curriculum_begins_with_scenes_of_few_items(scenes):
     first, last = (np.mean(part) for part in np.array_split(np.array(items(0)), 2))
     assert first < last
     assert items(1) == items(1) != items(0)
+
+
+def test_scores_are_shares_of_right_answers():
+    answers = [
+        Answer("q", "Red", " red.", "blue", "color", 0),
+        Answer("q", "two", "2", "two", "count", 1),
+        Answer("q", "one", "one", "one", "count", 2),
+        Answer("q", "yes", "no", "no", "", 3),
+    ]
+    scores = answer_scores(answers, ("color", "count"), torch.device("cpu"))
+    expected = dict(accuracy=50, blank_accuracy=50, margin=0, color_accuracy=100, count_accuracy=50)
+    assert scores == pytest.approx(expected)

@@ -17,7 +17,7 @@ from zoo.config import load_config
 from zoo.engine import find_checkpoint, load_trained, read_log, scores_row, settings_beside, train
 from zoo.engine.build import build_optimizer
 from zoo.engine.task import Place, find_task
-from zoo.engine.vlm_evaluate import Answer, answer_scores, mean_color
+from zoo.engine.vlm_evaluate import mean_color
 from zoo.vlm import load_vlm
 from zoo.weights import save_weights
 
@@ -241,17 +241,6 @@ def test_weights_of_a_run_answer_questions(finished, folder):
         assert row[name] == pytest.approx(logged[name], rel=1e-3, abs=1e-3)
 
 
-def test_weights_of_another_task_are_no_vision_language_model(tmp_path):
-    from zoo.data import Preprocessing
-    from zoo.engine import ModelCard
-    from zoo.engine import save_weights as save
-
-    card = ModelCard("vim_micro", {}, ("a",), Preprocessing((8, 8), 1, (0.0,), (1.0,)), data="digits")
-    save(tmp_path / "x.safetensors", {"weight": torch.zeros(1)}, card)
-    with pytest.raises(ValueError, match="was trained for classification"):
-        load_vlm(tmp_path / "x.safetensors")
-
-
 def test_killed_run_continues_bit_for_bit_within_an_epoch(folder, tmp_path, monkeypatch):
     """Killed in the seventh of eight updates, and continued after the sixth."""
     options = ["ema_decay=0.9", "checkpoint_every=2", "model.lora.rank=2", "model.lora.dropout=0.1"]
@@ -381,18 +370,6 @@ def test_layers_that_cannot_have_adapters(folder, tmp_path, options, problem):
 
 
 # Scores and failures
-
-
-def test_scores_are_shares_of_right_answers():
-    answers = [
-        Answer("q", "Red", " red.", "blue", "color", 0),
-        Answer("q", "two", "2", "two", "count", 1),
-        Answer("q", "one", "one", "one", "count", 2),
-        Answer("q", "yes", "no", "no", "", 3),
-    ]
-    scores = answer_scores(answers, ("color", "count"), torch.device("cpu"))
-    expected = dict(accuracy=50, blank_accuracy=50, margin=0, color_accuracy=100, count_accuracy=50)
-    assert scores == pytest.approx(expected)
 
 
 def test_blank_image_has_the_mean_colour(folder, tmp_path):
