@@ -244,12 +244,15 @@ def test_a_16_bit_stream_gives_what_two_calls_give(name, device):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("elements, most_rows, resident", [(1, 32, 1), (1, 4, 2), (16, 32, 3), (4, 1, 1)])
-def test_triton_tiles_and_programs_meet_without_a_seam(monkeypatch, elements, most_rows, resident, centered):
+@pytest.mark.parametrize(
+    "elements, most_rows, resident, warps", [(1, 32, 1, 1), (1, 4, 2, 4), (16, 32, 3, 2), (4, 1, 1, 1)]
+)
+def test_triton_tiles_and_programs_meet_without_a_seam(monkeypatch, elements, most_rows, resident, warps, centered):
     implementation = pytest.importorskip("zoo.kernels.add_norm.triton")
     monkeypatch.setattr(implementation, "ELEMENTS", elements)
     monkeypatch.setattr(implementation, "MOST_ROWS", most_rows)
     monkeypatch.setattr(implementation, "RESIDENT_WARPS", resident)
+    monkeypatch.setattr(implementation, "FORWARD_WARPS", warps)
     # rows that are not there must not count, whatever eps is
     case = Case((5, 27, 6), scale=True, eps=0.0, centered=centered, bias=centered)
     given = case.inputs(F64, F64, "cpu")

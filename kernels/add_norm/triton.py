@@ -21,7 +21,9 @@ __all__ = ["backward", "forward"]
 
 ELEMENTS = 16  # of a row, or of several, in a lane; the backward has five or six such tiles in registers
 MOST_ROWS = 32  # of a tile: what is known of a row takes registers too
+FORWARD_WARPS = 1  # at least, of a program: each has rows of its own where they are narrow
 RESIDENT_WARPS = 12  # of backward programs on a multiprocessor: 60 KB of loads in flight, at up to 168 registers
+STAGES = 1  # of backward programs: from 2 on, tiles are loaded into shared memory while those before are worked on
 
 
 @triton.jit
@@ -87,13 +89,15 @@ def _backward_kernel(
     grad_normed, grad_stream, stream, weight, scale, d_stream, d_update, sums, rows, rows_per_sample,
     EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_GRAD_STREAM: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, WRITES_UPDATE: tl.constexpr, CENTERED: tl.constexpr,
-    dtype: tl.constexpr,
+    STAGES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     factors = _load_channels(weight, D, BLOCK, dtype)
     d_weight = tl.zeros((ROWS, BLOCK), dtype)
     if HAS_BIAS:
         d_bias = tl.zeros((ROWS, BLOCK), dtype)
-    for first in range(tl.program_id(0).to(tl.int64) * ROWS, rows, tl.num_programs(0) * ROWS):
+    programs = tl.num_programs(0)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+        first = tile * tl.full((), ROWS, tl.int64)
         row, offset, mask = _tile(first, rows, D, ROWS, BLOCK)
         x = tl.load(stream + first * D + offset, mask=mask, other=0.0).to(dtype)
         g = tl.load(grad_normed + first * D + offset, mask=mask, other=0.0).to(dtype)
@@ -124,20 +128,21 @@ def _backward_kernel(
     sums += tl.program_id(0) * D
     tl.store(sums + channel, tl.sum(d_weight, axis=0), mask=channel < D)
     if HAS_BIAS:
-        tl.store(sums + tl.num_programs(0) * D + channel, tl.sum(d_bias, axis=0), mask=channel < D)
+        tl.store(sums + programs * D + channel, tl.sum(d_bias, axis=0), mask=channel < D)
 
 
-def _options(exact: torch.dtype, D: int, eps: float) -> dict:
+def _options(exact: torch.dtype, D: int, eps: float, least_warps: int = 1) -> dict:
     """Compile-time arguments of both kernels."""
     block = triton.next_power_of_2(D)
     tile = 32 * ELEMENTS  # of a warp
+    warps = max(triton.cdiv(block, tile), least_warps)
     return dict(
         EPS=float(eps),  # at run time it would be rounded to float32
         D=D,
-        ROWS=min(triton.cdiv(tile, block), MOST_ROWS),
+        ROWS=min(triton.cdiv(tile * warps, block), MOST_ROWS * warps),
         BLOCK=block,
         dtype=tl.float64 if exact == torch.float64 else tl.float32,
-        num_warps=triton.cdiv(block, tile),
+        num_warps=warps,
     )
 
 
@@ -161,7 +166,7 @@ def forward(
     normed, total = stream.new_empty(stream.shape, dtype=dtype), None
     if update is not None:
         total = stream.new_empty(stream.shape, dtype=torch.promote_types(stream.dtype, update.dtype))
-    options = _options(accumulate_dtype(stream if total is None else total), D, eps)
+    options = _options(accumulate_dtype(stream if total is None else total), D, eps, FORWARD_WARPS)
     with device_guard(stream.device):
         _forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
             stream.contiguous(), _contiguous(update), weight.contiguous(), _contiguous(bias), _contiguous(scale),
@@ -198,7 +203,7 @@ def backward(
             grad_normed.contiguous(), _contiguous(grad_stream), stream.contiguous(), weight.contiguous(),
             _contiguous(scale), d_stream, d_update, sums, rows, rows // stream.shape[0],
             HAS_GRAD_STREAM=grad_stream is not None, HAS_BIAS=bias_dtype is not None, HAS_SCALE=scale is not None,
-            WRITES_UPDATE=update_dtype is not None, CENTERED=centered, **options,
+            WRITES_UPDATE=update_dtype is not None, CENTERED=centered, STAGES=STAGES, **options,
         )  # fmt: skip
     gradients = [d_stream, sums[0].sum(0).to(weight.dtype)]
     if d_update is not None:
