@@ -11,6 +11,7 @@ Differences from the original:
 3. ``d_state`` and ``dt_rank`` are obeyed; the original ignores them.
 4. A_log, D and step biases are exempt from weight decay.
 5. Locally bidirectional scans (``lb_window``; LBMamba, arXiv 2506.15976) are an option.
+6. Evaluated batch norms are folded into the convolutions before them, so that hooks on either run in training only.
 
 Kept, because released weights depend on it: the cells that pad a grid which ``rate`` does not divide are steps of the
 scans, both branches of a block share one squeeze-and-excitation, and all scans run forwards.

@@ -14,6 +14,7 @@ Differences from the original:
 4. Step projections keep the initialisation of Mamba (steps log-uniform in [0.001, 0.1]), which the original overwrites.
 5. Options of later work: locally bidirectional scans (``lb_window``; LBMamba, arXiv 2506.15976) and stochastic
    shuffling of the tokens (``layer_shuffle``; ShuffleMamba, arXiv 2408.17081).
+6. Evaluated batch norms are folded into the convolutions before them, so that hooks on either run in training only.
 """
 
 import math

@@ -21,7 +21,9 @@ def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Activation | None = None) -> Tensor:
-    """Convolves a map, norms and activates it. A norm that is evaluated is folded into the convolution's weights.
+    """Convolves a map, norms and activates it.
+
+    A norm that is evaluated is folded into the convolution's weights, and neither of the two modules is called.
 
     Args:
         x: Map (B, H, W, C).
@@ -32,7 +34,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Acti
     Returns:
         Map (B, H, W, C').
     """
-    if _is_plain(conv) and isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_var is not None:
+    if _is_plain(conv) and _is_fixed(norm):
         return _convolve(x, conv, *_folded(conv, norm), activation)
     y = _call(norm, convolve(x, conv))
     return y if isinstance(norm, BatchNormAct2d) else activate(y, activation)
@@ -41,6 +43,11 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Acti
 def _is_plain(conv: nn.Module) -> bool:
     """Whether weights say all there is: adapters that stand for a convolution have to be called."""
     return type(conv) is nn.Conv2d
+
+
+def _is_fixed(norm: nn.Module) -> bool:
+    """Whether a norm is the same linear function of every image."""
+    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.track_running_stats and norm.affine
 
 
 def _call(layer: nn.Module, x: Tensor) -> Tensor:
