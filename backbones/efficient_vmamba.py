@@ -25,19 +25,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
-from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.conv_norm import conv_norm, convolve
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.ss2d import SS2D, Paths, from_authors_name
-from zoo.backbones.layers.vss import PatchStem, Reduction, Stage, make_reduction
+from zoo.backbones.layers.vss import PatchStem, Reduction, Stage, VSSBlock, VSSStage, make_reduction
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.memory import remember_tables
 from zoo.registry import build_model_with_cfg
@@ -127,7 +126,7 @@ class ConvBranch(nn.Sequential):
         return convolve(conv_norm(x, self[0], self[1], "gelu"), self[3])
 
 
-class EVSSBlock(nn.Module):
+class EVSSBlock(VSSBlock):
     """A scan and a convolution of the same normed map, weighed by one gate and added (section 4.2).
 
     Args:
@@ -150,27 +149,18 @@ class EVSSBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
         if dim < 8:
             raise ValueError(f"a block needs at least 8 channels, got {dim}")
-        self.norm = LayerNorm(dim, **dd)
-        self.mixer = mixer
+        super().__init__(LayerNorm(dim, **dd), mixer, drop_path=drop_path)
         self.conv_branch = ConvBranch(dim, **dd)
         self.gate = ChannelAttention(dim, **dd)
-        self.norm2 = LayerNorm(dim, **dd) if mlp_ratio > 0 else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio > 0 else None
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        if mlp_ratio > 0:
+            self.norm2, self.mlp = LayerNorm(dim, **dd), Mlp(dim, int(dim * mlp_ratio), **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to map (B, H, W, C)."""
-        normed = self.norm(x)
-        scanned = self.mixer(normed)
-        convolved = self.conv_branch(normed)
-        update = torch.addcmul(scanned * self.gate(scanned), convolved, self.gate(convolved))
-        if self.mlp is None:
-            return x + self.drop_path(update)
-        x, normed = add_norm(x, update, self.norm2, self.drop_path)
-        return x + self.drop_path(self.mlp(normed))
+    def mix(self, normed: Tensor) -> Tensor:
+        """Both branches of a normed map (B, H, W, C), (B, H, W, C)."""
+        scanned, convolved = self.mixer(normed), self.conv_branch(normed)
+        return torch.addcmul(scanned * self.gate(scanned), convolved, self.gate(convolved))
 
 
 class InvertedResidualBlock(InvertedResidual):
@@ -270,7 +260,8 @@ class EfficientVMamba(HierarchicalBackbone):
 
         def make_stage(stage: int, rates: Sequence[float]) -> Stage:
             reduction = make_reduction(downsample, dims[stage - 1], dims[stage], "layernorm", **dd) if stage else None
-            return Stage([make_block(stage, drop_path) for drop_path in rates], reduction)
+            kind = VSSStage if stage < 2 else Stage
+            return kind([make_block(stage, drop_path) for drop_path in rates], reduction)
 
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         self.stages = nn.Sequential(*(make_stage(stage, rates[stage]) for stage in range(4)))

@@ -280,11 +280,15 @@ class VSSBlock(nn.Module):
             The stream, and what this block adds to it.
         """
         x, normed = _add_and_norm(x, update, self.norm, drop_path)
-        update = self.mixer(normed)
+        update = self.mix(normed)
         if self.mlp is None:
             return x, update
         x, normed = _add_and_norm(x, update, self.norm2, self.drop_path)
         return x, self.mlp(normed)
+
+    def mix(self, normed: Tensor) -> Tensor:
+        """What the normed map (B, H, W, C) adds to the stream."""
+        return self.mixer(normed)
 
 
 def _add_and_norm(

@@ -70,7 +70,7 @@ def _block(case: Case) -> dict[str, Tensor]:
     _recorded(block.mixer, outputs, "output.ssm_branch")
     _recorded(block.conv_branch, outputs, "output.conv_branch")
     x = case.inputs()["x"]
-    y = block(x)
+    y = sum(block(x))  # stream and update
     y.square().sum().backward()
     for gated, branch in (("se_of_ssm", "ssm_branch"), ("se_of_conv", "conv_branch")):
         feature = outputs[f"output.{branch}"]
