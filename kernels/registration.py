@@ -42,7 +42,7 @@ def path_length(x: Tensor, paths: Tensor | None) -> int:
 
 
 def without_autocast(function: Callable) -> Callable:
-    """Decorates a backend written in torch code: inside ``torch.autocast`` its sums would run in 16 bits."""
+    """Decorates what computes an op in torch code: inside ``torch.autocast`` its sums would run in 16 bits."""
 
     @functools.wraps(function)
     def guarded(*args, **kwargs):

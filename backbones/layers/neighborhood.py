@@ -13,9 +13,8 @@ matrix products, and nothing larger than a tile is ever held besides the maps. A
 the bodies of the four functions that are registered as operators.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.backbones.scans.memory import remember_tables
-from zoo.kernels import custom_op
+from zoo.kernels import custom_op, without_autocast
 
 __all__ = ["axis_windows", "neighborhood_aggregate", "neighborhood_maps", "neighborhood_scores"]
 
@@ -164,19 +163,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _without_autocast(function: Callable) -> Callable:
-    """Runs a function in its inputs' dtypes inside ``torch.autocast`` too."""
-
-    @functools.wraps(function)
-    def guarded(*args):
-        with torch.autocast(args[0].device.type, enabled=False):
-            return function(*args)
-
-    return guarded
-
-
 @custom_op("neighborhood_maps")
-@_without_autocast
+@without_autocast
 def _maps(q: Tensor, k: Tensor, bias: Tensor | None, kernel_size: int, dilation: list[int], softmax: bool) -> Tensor:
     """Scores (B, n, H, W, K^2), softmaxed or not."""
     B, H, W, n, _ = q.shape
@@ -192,7 +180,7 @@ def _maps(q: Tensor, k: Tensor, bias: Tensor | None, kernel_size: int, dilation:
 
 
 @custom_op("neighborhood_maps_backward")
-@_without_autocast
+@without_autocast
 def _maps_backward(
     grad: Tensor,
     maps: Tensor | None,
@@ -253,7 +241,7 @@ _maps.register_autograd(_gradients_of_maps, setup_context=_keep_for_maps)
 
 
 @custom_op("neighborhood_aggregate")
-@_without_autocast
+@without_autocast
 def _aggregate(maps: Tensor, values: Tensor, kernel_size: int, dilation: list[int]) -> Tensor:
     """Weighted sums of values, (B, H, W, n, c)."""
     _, H, W, _, _ = values.shape
@@ -267,7 +255,7 @@ def _aggregate(maps: Tensor, values: Tensor, kernel_size: int, dilation: list[in
 
 
 @custom_op("neighborhood_aggregate_backward")
-@_without_autocast
+@without_autocast
 def _aggregate_backward(
     grad: Tensor, maps: Tensor, values: Tensor, kernel_size: int, dilation: list[int]
 ) -> tuple[Tensor, Tensor]:
