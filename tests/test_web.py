@@ -1,5 +1,6 @@
 """The local page: what it works out, what it refuses, and, where there is a Chromium, what a person sees of it."""
 
+import asyncio
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from zoo.engine.dense_build import build_detector, build_segmentor
 from zoo.tools import demo
 from zoo.web import Trained, create_page, draw_clothes, load_for, panels, serve
 
-pytest.importorskip("gradio", reason="needs gradio")
+gradio = pytest.importorskip("gradio", reason="needs gradio")
 pytest.importorskip("transformers", reason="needs transformers")
 
 small = runpy.run_path(str(Path(__file__).with_name("small_vlm.py")))
@@ -391,8 +392,23 @@ class TestBrowser:
         page.wait_for_timeout(SECONDS)
         assert panel.get_by_role("log").get_by_test_id("bot").count() == 0
 
+    @pytest.fixture
+    def late(self, monkeypatch):
+        """What is shown at the end of an answer arrives a second later, after that of a short next one."""
+        send = gradio.queueing.Queue.send_message
+
+        def send_late(queue, event, message):
+            if event.fn.name == "show" and isinstance(message, gradio.server_messages.ProcessCompletedMessage):
+                asyncio.get_running_loop().call_later(1, send, queue, event, message)
+            else:
+                send(queue, event, message)
+
+        monkeypatch.setattr(gradio.queueing.Queue, "send_message", send_late)
+
+    @pytest.mark.usefixtures("late")
     def test_a_question_written_during_an_answer_is_asked_after_it(self, visit, images, go_on):
-        panel = tab(visit(), "Ask")
+        page = visit()
+        panel = tab(page, "Ask")
         send(panel, images / "dark.png")
         first, second = (question for question, _ in KNOWN[DARK])
         ask(panel, first)
@@ -401,8 +417,10 @@ class TestBrowser:
         go_on.set()
         said(panel, second).wait_for()
         answers = panel.get_by_role("log").get_by_test_id("bot")
-        for nth, (_, answer) in enumerate(KNOWN[DARK]):
-            answers.nth(nth).filter(has_text=answer).wait_for()
+        for waits in (0, 3 * SECONDS):  # then all that was late has come
+            page.wait_for_timeout(waits)
+            for nth, (_, answer) in enumerate(KNOWN[DARK]):
+                answers.nth(nth).filter(has_text=answer).wait_for()
 
     @pytest.mark.slow
     def test_conversations_of_two_visitors(self, visit, images):

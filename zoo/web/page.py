@@ -279,7 +279,7 @@ def _ask_tab(gr: Any, assistant: Assistant | None) -> None:
     # The end of an answer arrives with all of its conversation, which may have been left meanwhile. So the chat is
     # shown as it is once more; one change at a time, because gradio promises no order of those side by side.
     in_turn = dict(concurrency_id="conversation", concurrency_limit=1, **_PRIVATE)
-    asked.then(show, talk, chat, **in_turn)
+    asked.then(show, talk, chat, trigger_mode="always_last", **in_turn)  # or the next answer's end would be left out
     gr.on([anew.click, chat.clear], start_again, talk, chat, **in_turn)
     image.change(look_elsewhere, [image, talk], chat, **in_turn)
 
