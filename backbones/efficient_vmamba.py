@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
-from zoo.backbones.layers.conv_norm import conv_norm, convolve
+from zoo.backbones.layers.conv_norm import conv_norm, convolve, on_images
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.ss2d import SS2D, Paths, from_authors_name
@@ -187,7 +187,7 @@ class InvertedResidualBlock(InvertedResidual):
         """Map (B, H, W, C) to map (B, H, W, C)."""
         y = conv_norm(x, self.conv_pw, self.bn1, "relu")
         y = conv_norm(y, self.conv_dw, self.bn2, "relu")
-        y = self.se(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last views
+        y = on_images(self.se, y)
         return x + self.drop_path(conv_norm(y, self.conv_pwl, self.bn3))
 
 

@@ -8,7 +8,7 @@ from zoo.kernels._backend import Backend, backend, use_backend
 from zoo.kernels.add_norm import MAX_NORM_CHANNELS, add_layer_norm, add_rms_norm
 from zoo.kernels.causal_conv1d import causal_conv1d
 from zoo.kernels.custom_op import custom_op
-from zoo.kernels.depthwise_conv2d import DEPTHWISE_KERNELS, Activation, depthwise_conv2d
+from zoo.kernels.depthwise_conv2d import DEPTHWISE_KERNELS, Activation, activate, depthwise_conv2d
 from zoo.kernels.registration import without_autocast
 from zoo.kernels.selective_scan import LARGEST_WINDOW, selective_scan, selective_scan_fn
 from zoo.kernels.ssd import ssd
@@ -19,6 +19,7 @@ __all__ = [
     "MAX_NORM_CHANNELS",
     "Activation",
     "Backend",
+    "activate",
     "add_layer_norm",
     "add_rms_norm",
     "backend",

@@ -1,6 +1,8 @@
 """Residual add and norm: every backend against the definition in float64, outputs and all gradients."""
 
+import runpy
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor
 from zoo.kernels import add_layer_norm, add_rms_norm, use_backend
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+checks = runpy.run_path(str(Path(__file__).with_name("op_checks.py")))
+assert_close = checks["assert_close"]
 
 
 @dataclass(frozen=True)
@@ -161,15 +166,6 @@ def with_gradients(case: Case, outputs: dict[str, Tensor], given: dict[str, Tens
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     named = {f"d_{name}": d for name, d in zip(leaves, gradients, strict=True) if d is not None}
     return dict(**outputs, **named)
-
-
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Every tensor has the expected shape and is within ``tolerance`` of it, relative to its largest entry."""
-    assert got.keys() == expected.keys()
-    for name, exact in expected.items():
-        assert got[name].shape == exact.shape, name
-        error = (got[name].double() - exact).abs().max()
-        assert error <= tolerance * exact.abs().max(), f"{name}: error {error:.2e} of {exact.abs().max():.2e}"
 
 
 @pytest.mark.parametrize("backend, device, name", SUBJECTS)

@@ -1,6 +1,8 @@
 """The causal convolution: every backend against ``F.conv1d`` in float64, outputs and all gradients."""
 
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.kernels import causal_conv1d, use_backend
+
+checks = runpy.run_path(str(Path(__file__).with_name("op_checks.py")))
+with_gradients, assert_close = checks["with_gradients"], checks["assert_close"]
 
 
 @dataclass(frozen=True)
@@ -100,22 +105,6 @@ def run_conv1d(case: Case, inputs: tuple) -> dict[str, Tensor]:
         y = y.flip(1) if backwards else y
         outs.append(F.silu(y) if case.activation else y)
     return with_gradients(outs[0] if case.K is None else torch.stack(outs, 1), exact)
-
-
-def with_gradients(out: Tensor, inputs: tuple) -> dict[str, Tensor]:
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.device)
-    names = [name for name, t in zip(("x", "weight", "bias"), inputs, strict=True) if t is not None]
-    grads = torch.autograd.grad((out.double() * cotangent).sum(), [t for t in inputs if t is not None])
-    return dict(out=out, **dict(zip(names, grads, strict=True)))
-
-
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Every tensor has the expected shape and is within ``tolerance`` of it, relative to its largest entry."""
-    assert got.keys() == expected.keys()
-    for name, exact in expected.items():
-        assert got[name].shape == exact.shape, name
-        error = (got[name].double() - exact).abs().max()
-        assert error <= tolerance * exact.abs().max(), f"{name}: error {error:.2e} of {exact.abs().max():.2e}"
 
 
 @pytest.mark.parametrize("backend, device, name", SUBJECTS)

@@ -1,6 +1,8 @@
 """The depth-wise convolution: every backend against ``F.conv2d`` in float64, outputs and all gradients."""
 
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.backbones.layers.conv_norm import conv_norm, convolve
 from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.kernels import depthwise_conv2d, use_backend
+
+checks = runpy.run_path(str(Path(__file__).with_name("op_checks.py")))
+with_gradients, assert_close = checks["with_gradients"], checks["assert_close"]
 
 
 @dataclass(frozen=True)
@@ -86,22 +91,6 @@ def run_conv2d(case: Case, inputs: tuple) -> dict[str, Tensor]:
     x, weight, bias = exact
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=case.side // 2, groups=case.C).permute(0, 2, 3, 1)
     return with_gradients(getattr(F, case.activation)(y) if case.activation else y, exact)
-
-
-def with_gradients(out: Tensor, inputs: tuple) -> dict[str, Tensor]:
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.device)
-    names = [name for name, t in zip(("x", "weight", "bias"), inputs, strict=True) if t is not None]
-    grads = torch.autograd.grad((out.double() * cotangent).sum(), [t for t in inputs if t is not None])
-    return dict(out=out, **dict(zip(names, grads, strict=True)))
-
-
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Every tensor has the expected shape and is within ``tolerance`` of it, relative to its largest entry."""
-    assert got.keys() == expected.keys()
-    for name, exact in expected.items():
-        assert got[name].shape == exact.shape, name
-        error = (got[name].double() - exact).abs().max()
-        assert error <= tolerance * exact.abs().max(), f"{name}: error {error:.2e} of {exact.abs().max():.2e}"
 
 
 @pytest.mark.parametrize("backend, device, name", SUBJECTS)
@@ -311,7 +300,9 @@ class TestConvNorm:
         x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
         torch.testing.assert_close(convolve(x, twice), 2 * convolve(x, conv))
         torch.testing.assert_close(conv_norm(x, twice, norm), norm(2 * conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
-        assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(norm), nn.SyncBatchNorm)
+        shared = nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+        assert isinstance(shared, nn.SyncBatchNorm)
+        torch.testing.assert_close(conv_norm(x, conv, shared), conv_norm(x, conv, norm))
         torch.testing.assert_close(
             conv_norm(x, conv, nn.InstanceNorm2d(8, dtype=torch.float64)),
             nn.InstanceNorm2d(8)(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1),

@@ -120,11 +120,14 @@ def run_ssd(**inputs: Tensor) -> Tensor:
     return ssd(**inputs, dt_softplus=True, reverse=[False, True])
 
 
+def random_inputs(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
 def convolution_inputs() -> dict[str, Tensor]:
     """Two paths over 100 tokens that both read the same input."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = dict(x=(2, 100, 24), weight=(2, 24, 4), bias=(2, 24))
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return random_inputs(x=(2, 100, 24), weight=(2, 24, 4), bias=(2, 24))
 
 
 def run_convolution(**inputs: Tensor) -> Tensor:
@@ -133,9 +136,7 @@ def run_convolution(**inputs: Tensor) -> Tensor:
 
 def map_inputs() -> dict[str, Tensor]:
     """Two maps whose rows, columns and channels fill no block."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = dict(x=(2, 13, 11, 40), weight=(40, 3, 3), bias=(40,))
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return random_inputs(x=(2, 13, 11, 40), weight=(40, 3, 3), bias=(40,))
 
 
 def run_map_convolution(**inputs: Tensor) -> Tensor:

@@ -5,19 +5,24 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from zoo.backbones.layers.depthwise_conv import activate, depthwise_conv
-from zoo.kernels import Activation
+from zoo.backbones.layers.depthwise_conv import depthwise_conv
+from zoo.kernels import Activation, activate
 
-__all__ = ["conv_norm", "convolve"]
+__all__ = ["conv_norm", "convolve", "on_images"]
 
 # In this file, too, FX sees them as single nodes.
 torch.fx.wrap("activate")
 torch.fx.wrap("depthwise_conv")
 
 
+def on_images(layer: nn.Module, x: Tensor) -> Tensor:
+    """Applies a layer of images (B, C, H, W) to a map (B, H, W, C), through channels-last views."""
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Convolves a map (B, H, W, C) with a 1 x 1 convolution, or a depth-wise one of an odd size that keeps its size."""
-    return _convolve(x, conv, conv.weight, conv.bias) if _is_plain(conv) else _call(conv, x)
+    return _convolve(x, conv, conv.weight, conv.bias) if _is_plain(conv) else on_images(conv, x)
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Activation | None = None) -> Tensor:
@@ -36,7 +41,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Acti
     """
     if _is_plain(conv) and _is_fixed(norm):
         return _convolve(x, conv, *_folded(conv, norm), activation)
-    y = _call(norm, convolve(x, conv))
+    y = on_images(norm, convolve(x, conv))
     return y if isinstance(norm, BatchNormAct2d) else activate(y, activation)
 
 
@@ -48,11 +53,6 @@ def _is_plain(conv: nn.Module) -> bool:
 def _is_fixed(norm: nn.Module) -> bool:
     """Whether a norm is the same linear function of every image."""
     return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.track_running_stats and norm.affine
-
-
-def _call(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer of images applied to a map, through channels-last views."""
-    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _convolve(

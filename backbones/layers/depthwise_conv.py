@@ -6,17 +6,9 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from zoo.backbones.layers.autocast import autocast_dtype
-from zoo.kernels import DEPTHWISE_KERNELS, Activation, depthwise_conv2d
+from zoo.kernels import DEPTHWISE_KERNELS, Activation, activate, depthwise_conv2d
 
-__all__ = ["DepthwiseConv", "activate", "depthwise_conv"]
-
-
-@torch.fx.wrap
-def activate(y: Tensor, activation: Activation | None) -> Tensor:
-    """The activation of what nobody else needs: in place, unless a gradient does."""
-    if activation is None or activation == "gelu":
-        return y if activation is None else F.gelu(y)
-    return getattr(F, activation)(y, inplace=not y.requires_grad)
+__all__ = ["DepthwiseConv", "depthwise_conv"]
 
 
 class DepthwiseConv(nn.Conv2d):

@@ -13,6 +13,7 @@ from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.backbones.layers.add_norm import add_norm
+from zoo.backbones.layers.conv_norm import on_images
 from zoo.backbones.layers.layer_norm import LayerNorm
 
 __all__ = [
@@ -65,11 +66,6 @@ def make_norm(
     if kind == "layernorm":
         return LayerNorm(dim, narrow=narrow, device=device, dtype=dtype)
     return BatchNorm(dim, device=device, dtype=dtype)
-
-
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Convolves a map (B, H, W, C) through channels-last views."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class PatchStem(nn.Module):
@@ -136,7 +132,7 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to a map (B, ceil(H / patch), ceil(W / patch), C)."""
         x = F.gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
-        return self.norm2(_convolve(self.conv2, x))
+        return self.norm2(on_images(self.conv2, x))
 
 
 @register_notrace_module
@@ -200,7 +196,7 @@ class ConvReduction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to a map of half the size and ``out_dim`` channels."""
-        return self.norm(_convolve(self.conv, x))
+        return self.norm(on_images(self.conv, x))
 
 
 def make_stem(

@@ -12,10 +12,11 @@ Sums and activations are float32 (float64 for float64 inputs).
 import torch
 from torch import Tensor
 
+from zoo.kernels.depthwise_conv2d.cpu import activate
 from zoo.kernels.depthwise_conv2d.op import KERNELS as DEPTHWISE_KERNELS
 from zoo.kernels.depthwise_conv2d.op import Activation
 
-__all__ = ["DEPTHWISE_KERNELS", "Activation", "depthwise_conv2d"]
+__all__ = ["DEPTHWISE_KERNELS", "Activation", "activate", "depthwise_conv2d"]
 
 
 def depthwise_conv2d(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels.registration import accumulate_dtype, without_autocast
 
-__all__ = ["backward", "forward"]
+__all__ = ["activate", "backward", "forward"]
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -20,6 +20,13 @@ def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
 
 def _convolve(images: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(images, filters, bias, padding=filters.shape[-1] // 2, groups=len(filters))
+
+
+def activate(y: Tensor, activation: str | None) -> Tensor:
+    """The activation of what nobody else needs: in place, unless a gradient does."""
+    if activation is None or activation == "gelu":
+        return y if activation is None else F.gelu(y)
+    return getattr(F, activation)(y, inplace=not y.requires_grad)
 
 
 def _d_activation(grad: Tensor, y: Tensor, activation: str | None) -> Tensor:
@@ -34,11 +41,7 @@ def _d_activation(grad: Tensor, y: Tensor, activation: str | None) -> Tensor:
 @without_autocast
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """Outputs (B, H, W, C) in x's dtype from canonical inputs (see ``op.py``)."""
-    y = _convolve(*_widened(x, weight, bias))
-    if activation == "gelu":
-        y = F.gelu(y)
-    elif activation is not None:
-        y = getattr(F, activation)(y, inplace=True)
+    y = activate(_convolve(*_widened(x, weight, bias)), activation)
     return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
 

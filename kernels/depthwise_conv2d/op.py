@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels.custom_op import custom_op
-from zoo.kernels.registration import FLOAT_DTYPES, check_dtypes_and_devices, expect_shape, implementation, show
+from zoo.kernels.registration import check_dtypes_and_devices, expect_shape, implementation, show
 
 OP = "depthwise_conv2d"
 Activation = Literal["silu", "gelu", "relu"]
@@ -34,10 +34,7 @@ def check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     if activation not in (None, *get_args(Activation)):
         known = ", ".join(map(repr, get_args(Activation)))
         raise ValueError(f"{OP}: activation {activation!r} is not known; use {known} or None")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{OP}: {name} is {parameter.dtype}; use one of {', '.join(map(str, FLOAT_DTYPES))}")
-    check_dtypes_and_devices(OP, dict(x=x), dict(weight=weight, bias=bias), None)
+    check_dtypes_and_devices(OP, dict(x=x, weight=weight, bias=bias), {}, None)
 
 
 @custom_op(OP)
