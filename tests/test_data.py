@@ -26,7 +26,7 @@ from zoo.data import (
     open_split,
     resolve_preprocessing,
 )
-from zoo.data.augment import random_erase, random_flip, random_shift
+from zoo.data.augment import random_black_point, random_erase, random_flip, random_shift
 from zoo.data.fashion_mnist import CONTENTS, DEBIAN_FOLDER
 
 
@@ -156,6 +156,17 @@ def test_flip_mirrors_the_given_share():
     assert (mirrored | same).all()
     assert 100 < mirrored.sum() < 200
     assert torch.equal(random_flip(images, 1.0), images.flip(-1))
+
+
+def test_black_point_stretches_each_image_by_its_own_amount():
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, -1).expand(300, 3, 2, -1)
+    stretched = random_black_point(ramp, 0.5)
+    black = (stretched[:, 0, 0] == 0).sum(1) - 1  # the largest value that has become black
+    assert black.min() < 10 and 115 < black.max() <= 127
+    torch.testing.assert_close(stretched[..., -1], torch.full((300, 3, 2), 255.0))
+    slope = stretched[..., 1:] - stretched[..., :-1]
+    assert (slope >= 0).all()
+    torch.testing.assert_close(slope[..., 128:].amax(-1), slope[..., 128:].amin(-1), atol=1e-3, rtol=0)
 
 
 def test_erase_replaces_one_rectangle():

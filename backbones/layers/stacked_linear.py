@@ -57,12 +57,10 @@ class _Steps(torch.autograd.Function):
     def backward(ctx, of_steps: Tensor, of_B: Tensor, of_C: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
         d_rows, d_weight, rank = torch.empty_like(rows), None, weight.shape[2]
-        d_dt, d_B, d_C = _split(d_rows, rank, ctx.states)
         of_steps = of_steps.flatten(1, 2)
-        torch.bmm(of_steps, weight, out=d_dt.flatten(1, 2))
-        d_B.copy_(of_B)
-        d_C.copy_(of_C)
-        d_rows[..., rank + 2 * ctx.states :].zero_()
+        torch.bmm(of_steps, weight, out=d_rows[..., :rank].flatten(1, 2))
+        unused = d_rows.new_zeros(()).expand(*d_rows.shape[:3], d_rows.shape[3] - rank - 2 * ctx.states)
+        d_rows[..., rank:].copy_(torch.cat([of_B, of_C, unused], dim=-1))  # one by one, each writes a few bytes a row
         if ctx.needs_input_grad[1]:
             d_weight = _weight_gradient(of_steps, rows[..., :rank].flatten(1, 2))
         return d_rows, d_weight, None

@@ -22,8 +22,8 @@ __all__ = ["backward", "forward"]
 ELEMENTS = 16  # of a row, or of several, in a lane; the backward has five or six such tiles in registers
 MOST_ROWS = 32  # of a tile: what is known of a row takes registers too
 FORWARD_WARPS = 1  # at least, of a program: each has rows of its own where they are narrow
-RESIDENT_WARPS = 12  # of backward programs on a multiprocessor: 60 KB of loads in flight, at up to 168 registers
-STAGES = 1  # of backward programs: from 2 on, tiles are loaded into shared memory while those before are worked on
+RESIDENT_WARPS = 16  # of backward programs on a multiprocessor: more registers than that are not there
+STAGES = 2  # of backward programs: a tile is loaded into shared memory while the one before is worked on
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import contiguous_channels, device_guard
 from zoo.kernels.registration import accumulate_dtype
+from zoo.kernels.triton_math import sigmoid
 
 __all__ = ["backward", "forward"]
 
@@ -123,7 +124,7 @@ def _forward_kernel(
         for i in tl.static_range(ROWS):
             y = shift + _dot(taps, window, i, W)
             if SILU:
-                y *= tl.sigmoid(y)
+                y *= sigmoid(y)
             row = t + i - delay
             tl.store(out + row * D + channel, y, mask=(row >= first) & (row < end) & (channel < D))
         window = window[ROWS:]
@@ -162,7 +163,7 @@ def _backward_kernel(
                 d_y = d_outs[i]
                 if SILU:
                     y = shift + _dot(taps, window, i, W)
-                    gate = tl.sigmoid(y)
+                    gate = sigmoid(y)
                     d_y *= gate * (1 + y * (1 - gate))
                 d_window = d_window + (d_y,)
                 row = t + i - delay  # rows of the neighbouring runs are read here too, but count for the taps there

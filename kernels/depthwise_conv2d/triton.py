@@ -1,8 +1,9 @@
 """Depth-wise convolution in Triton: one pass over the map, forward and backward.
 
 A program owns BLOCK channels of strips that are ROWS rows high, and walks along them from left to right: a column, with
-the rows above and below that the kernel reaches, is loaded once and never again by this program. COLUMNS columns are
-loaded before any of them is used, so that their reads are in flight together. Tuples are unrolled at compile time.
+the rows above and below that the kernel reaches, is loaded once and never again by this program. The next COLUMNS
+columns are asked for before these are used, so that their reads are in flight meanwhile. Tuples are unrolled at compile
+time.
 
 Forward, a column is added to the k outputs that it is part of, whose sums are in registers; the last of them is then
 complete. The gradient of x is the same with the kernel turned by half.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import contiguous_channels, device_guard, multiprocessors
 from zoo.kernels.registration import accumulate_dtype
+from zoo.kernels.triton_math import sigmoid
 
 __all__ = ["backward", "forward"]
 
@@ -57,19 +59,28 @@ def _strips(group, H, ROWS: tl.constexpr, STRIPS: tl.constexpr):
 
 
 @triton.jit
-def _load_column(
+def _load_columns(
     pointer, number, first, column, channel, B, H, W, stride_row, stride_column, C: tl.constexpr,
-    COUNT: tl.constexpr, dtype: tl.constexpr,
+    COUNT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """COUNT rows from ``first`` on of one column, a tuple of (STRIPS, BLOCK); zero outside of the maps."""
-    rows = ()
-    for r in tl.static_range(COUNT):
-        row = first + r
-        mask = (number < B) & (row >= 0) & (row < H) & (column >= 0) & (column < W) & (channel < C)
-        rows = rows + (
-            tl.load(pointer + row * stride_row + column * stride_column + channel, mask=mask, other=0.0).to(dtype),
-        )
-    return rows
+    """COUNT rows from ``first`` on of COLUMNS columns, a tuple of (STRIPS, BLOCK); zero outside of the maps."""
+    values = ()
+    for i in tl.static_range(COLUMNS):
+        inside = (column + i >= 0) & (column + i < W) & (number < B) & (channel < C)
+        for r in tl.static_range(COUNT):
+            row = first + r
+            at = pointer + row * stride_row + (column + i) * stride_column + channel
+            values = values + (tl.load(at, mask=inside & (row >= 0) & (row < H), other=0.0),)
+    return values
+
+
+@triton.jit
+def _exact(values, COUNT: tl.constexpr, dtype: tl.constexpr):
+    """COUNT loaded values in the type of the sums."""
+    exact = ()
+    for i in tl.static_range(COUNT):
+        exact = exact + (values[i].to(dtype),)
+    return exact
 
 
 @triton.jit
@@ -122,7 +133,7 @@ def _add_products(sums, factor, window, r: tl.constexpr, K: tl.constexpr, COUNT:
 @triton.jit
 def _activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        y *= tl.sigmoid(y)
+        y *= sigmoid(y)
     if ACTIVATION == "gelu":
         y *= 0.5 * (1 + tl.erf(y * 0.7071067811865476))
     if ACTIVATION == "relu":
@@ -134,7 +145,7 @@ def _activate(y, ACTIVATION: tl.constexpr):
 def _slope(y, ACTIVATION: tl.constexpr):
     """Derivative of the activation."""
     if ACTIVATION == "silu":
-        gate = tl.sigmoid(y)
+        gate = sigmoid(y)
         slope = gate * (1 + y * (1 - gate))
     if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * y * y)
@@ -162,15 +173,18 @@ def _forward_kernel(
     if HAS_BIAS:
         shift += _load_channels(bias, channel, C, dtype)
 
+    REACH: tl.constexpr = ROWS + K - 1  # rows that the outputs of a strip are made of
     partial = (shift,) * ((K - 1) * ROWS)
+    coming = _load_columns(
+        x, number, top - MARGIN, 0, channel, B, H, W, stride_row, stride_column, C, REACH, COLUMNS
+    )  # fmt: skip
     for t in range(0, W + MARGIN, COLUMNS):
-        columns = ()
+        columns = _exact(coming, COLUMNS * REACH, dtype)
+        coming = _load_columns(
+            x, number, top - MARGIN, t + COLUMNS, channel, B, H, W, stride_row, stride_column, C, REACH, COLUMNS
+        )  # fmt: skip
         for i in tl.static_range(COLUMNS):
-            columns = columns + _load_column(
-                x, number, top - MARGIN, t + i, channel, B, H, W, stride_row, stride_column, C, ROWS + K - 1, dtype
-            )
-        for i in tl.static_range(COLUMNS):
-            sums = _add_column(partial, columns[i * (ROWS + K - 1) :], taps, shift, K, ROWS)
+            sums = _add_column(partial, columns[i * REACH :], taps, shift, K, ROWS)
             partial = sums[: (K - 1) * ROWS]
             done = ()
             for r in tl.static_range(ROWS):
@@ -202,17 +216,23 @@ def _gradient_kernel(
         number, top = _strips(group, H, ROWS, STRIPS)
         own_x, own_grad = x + number * stride_map, grad + number * grad_stride_map
         window = (zero,) * ((K - 1) * REACH)
+        coming = _load_columns(
+            own_x, number, top - MARGIN, 0, channel, B, H, W, stride_row, stride_column, C, REACH, COLUMNS
+        )  # fmt: skip
+        grads_coming = _load_columns(
+            own_grad, number, top, -MARGIN, channel, B, H, W, grad_stride_row, grad_stride_column, C, ROWS, COLUMNS
+        )  # fmt: skip
         for t in range(0, W + MARGIN, COLUMNS):
-            columns = ()
-            grads = ()
-            for i in tl.static_range(COLUMNS):
-                columns = columns + _load_column(
-                    own_x, number, top - MARGIN, t + i, channel, B, H, W, stride_row, stride_column, C, REACH, dtype
-                )
-                grads = grads + _load_column(
-                    own_grad, number, top, t + i - MARGIN, channel, B, H, W, grad_stride_row, grad_stride_column, C,
-                    ROWS, dtype,
-                )  # fmt: skip
+            columns = _exact(coming, COLUMNS * REACH, dtype)
+            grads = _exact(grads_coming, COLUMNS * ROWS, dtype)
+            coming = _load_columns(
+                own_x, number, top - MARGIN, t + COLUMNS, channel, B, H, W, stride_row, stride_column, C, REACH,
+                COLUMNS,
+            )  # fmt: skip
+            grads_coming = _load_columns(
+                own_grad, number, top, t + COLUMNS - MARGIN, channel, B, H, W, grad_stride_row, grad_stride_column, C,
+                ROWS, COLUMNS,
+            )  # fmt: skip
             for i in tl.static_range(COLUMNS):
                 window = window + columns[i * REACH : (i + 1) * REACH]
                 done = ()

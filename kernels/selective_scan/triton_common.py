@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._triton import device_guard
+from zoo.kernels.triton_math import LOG2E
 
 __all__ = [
-    "LOG2E",
     "PLAIN_NUMBERS",
     "block_shape",
     "exp_of_minus_abs",
@@ -20,7 +20,6 @@ __all__ = [
     "region_of",
     "row_of",
     "rows_of",
-    "sigmoid",
     "softplus",
     "split_projections",
     "state_cells",
@@ -33,7 +32,6 @@ __all__ = [
     "visited",
 ]
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # Arguments whose value shall not make Triton compile a kernel anew, as it does for 1 and for multiples of 16: lengths,
 # for example. Among them ``stride_N``, which is the number of channels: see ``block_shape``. Numbers of paths are not
 # among them: a loop over one path known as such takes 128 registers in the forward, not 168.
@@ -90,15 +88,6 @@ def log1p_of_unit(e, COARSE: tl.constexpr):
 def softplus(x, COARSE: tl.constexpr):
     """log(1 + exp(x)), to rounding also where exp(x) is far below 1; if COARSE, to the rounding of 16-bit types."""
     return tl.maximum(x, 0.0) + log1p_of_unit(exp_of_minus_abs(x), COARSE)
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)); the reciprocal is a square of rsqrt, since Triton's division guards against ranges."""
-    if x.dtype == tl.float64:
-        return 1.0 / (1.0 + tl.exp(-x))
-    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
-    return root * root
 
 
 @triton.jit

@@ -16,7 +16,6 @@ from zoo.kernels._triton import contiguous_channels, device_guard
 from zoo.kernels.registration import accumulate_dtype, path_length
 from zoo.kernels.selective_scan.op import CHUNK, num_chunks
 from zoo.kernels.selective_scan.triton_common import (
-    LOG2E,
     PLAIN_NUMBERS,
     block_shape,
     offset_type,
@@ -25,7 +24,6 @@ from zoo.kernels.selective_scan.triton_common import (
     readable,
     region_of,
     rows_of,
-    sigmoid,
     split_projections,
     state_cells,
     states_first,
@@ -37,6 +35,7 @@ from zoo.kernels.selective_scan.triton_common import (
 )
 from zoo.kernels.selective_scan.triton_regions import carry_kernel, plan_launches, region_state_kernel, side_by_side
 from zoo.kernels.selective_scan.triton_sums import add_paths
+from zoo.kernels.triton_math import LOG2E, sigmoid
 
 __all__ = ["forward"]
 

@@ -11,13 +11,11 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.selective_scan.triton_common import (
-    LOG2E,
     PLAIN_NUMBERS,
     readable,
     region_of,
     row_of,
     rows_of,
-    sigmoid,
     split_projections,
     state_cells,
     step_size,
@@ -29,6 +27,7 @@ from zoo.kernels.selective_scan.triton_common import (
 )
 from zoo.kernels.selective_scan.triton_parking import fetch_ahead, lot_of, park, unpark
 from zoo.kernels.selective_scan.triton_sums import channel_sums, pair_selector, quad_sums, store_pair_sums
+from zoo.kernels.triton_math import LOG2E, sigmoid
 
 __all__ = ["scan_gradient_kernel"]
 

@@ -15,19 +15,18 @@ from zoo.kernels._triton import multiprocessors
 from zoo.kernels.registration import path_length
 from zoo.kernels.selective_scan.op import CHUNK
 from zoo.kernels.selective_scan.triton_common import (
-    LOG2E,
     PLAIN_NUMBERS,
     block_shape,
     readable,
     region_of,
     rows_of,
-    sigmoid,
     state_cells,
     step_size,
     tile_at,
     tokens_at,
     visited,
 )
+from zoo.kernels.triton_math import LOG2E, sigmoid
 
 __all__ = [
     "Launch",

@@ -116,6 +116,8 @@ class ClipAugmentConfig:
         crop_padding: Shift by up to this many pixels in each direction, filled with zeros.
         flip: Probability of a horizontal flip, which makes left and right wrong.
         erase: Probability that a random rectangle is replaced by noise.
+        black_point: Values below a random share of the brightness range, up to this one, become black, and the others
+            are stretched: shadows and backgrounds darker than those of the training images look familiar then.
     """
 
     min_scale: float = 0.9
@@ -123,10 +125,12 @@ class ClipAugmentConfig:
     crop_padding: int = 0
     flip: float = 0.0
     erase: float = 0.0
+    black_point: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("min_scale", "flip", "erase"):
             require_range(f"augment.{name}", getattr(self, name), 0, 1)
+        require_that(0 <= self.black_point < 1, f"augment.black_point must be in [0, 1), got {self.black_point}")
         for name in ("color_jitter", "crop_padding"):
             require_range(f"augment.{name}", getattr(self, name), 0)
 

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BatchAugment", "BatchShare", "Normalize", "random_erase", "random_flip", "random_shift"]
+__all__ = [
+    "BatchAugment",
+    "BatchShare",
+    "Normalize",
+    "random_black_point",
+    "random_erase",
+    "random_flip",
+    "random_shift",
+]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Normalize(nn.Module):
 
 
 class BatchAugment(nn.Module):
-    """Random shift and flip, normalisation, random erasing.
+    """Random shift, flip and black point, normalisation, random erasing.
 
     Args:
         mean: Per-channel mean for :class:`Normalize`.
@@ -66,6 +74,7 @@ class BatchAugment(nn.Module):
         crop_padding: Largest shift in pixels; 0 is off.
         flip: Probability of a horizontal flip.
         erase: Probability of erasing a rectangle.
+        black_point: Largest share of the brightness range that becomes black; 0 is off.
         share: Which images of the batch of all processes are here; default all.
     """
 
@@ -76,6 +85,7 @@ class BatchAugment(nn.Module):
         crop_padding: int = 0,
         flip: float = 0.0,
         erase: float = 0.0,
+        black_point: float = 0.0,
         share: BatchShare = ALONE,
     ) -> None:
         super().__init__()
@@ -83,6 +93,7 @@ class BatchAugment(nn.Module):
         self.crop_padding = crop_padding
         self.flip = flip
         self.erase = erase
+        self.black_point = black_point
         self.share = share
 
     def forward(self, images: Tensor) -> Tensor:
@@ -91,6 +102,8 @@ class BatchAugment(nn.Module):
             images = random_shift(images, self.crop_padding, self.share)
         if self.flip:
             images = random_flip(images, self.flip, self.share)
+        if self.black_point:
+            images = random_black_point(images, self.black_point, self.share)
         images = self.normalize(images)
         if self.erase:
             images = random_erase(images, self.erase, share=self.share)
@@ -115,6 +128,21 @@ def random_shift(images: Tensor, padding: int, share: BatchShare = ALONE) -> Ten
 def random_flip(images: Tensor, probability: float, share: BatchShare = ALONE) -> Tensor:
     """Mirrors each image of (B, C, H, W) left to right with the given probability."""
     return torch.where(share.rand(1, images)[0] < probability, images.flip(-1), images)
+
+
+def random_black_point(images: Tensor, largest: float, share: BatchShare = ALONE) -> Tensor:
+    """Makes what is darker than a random value black, and stretches the rest of the range, as a photo's levels are set.
+
+    Args:
+        images: Bytes (B, C, H, W).
+        largest: Each image's value is drawn uniformly from 0 to this share of the range, below 1.
+        share: Which images of the batch of all processes these are.
+
+    Returns:
+        float32 of the same shape, from 0 to 255.
+    """
+    black = 255 * largest * share.rand(1, images)[0]
+    return (images - black).clamp_(min=0) * (255 / (255 - black))
 
 
 def random_erase(

@@ -60,7 +60,12 @@ class Clip(Task):
         self.train_loader = caption_loader(self.train_data, preprocessing, config.data, augment, **shares)
         self.val_loader = caption_loader(self.val_data, preprocessing, config.data, **shares)
         self.augment = BatchAugment(
-            preprocessing.mean, preprocessing.std, augment.crop_padding, augment.flip, augment.erase
+            preprocessing.mean,
+            preprocessing.std,
+            crop_padding=augment.crop_padding,
+            flip=augment.flip,
+            erase=augment.erase,
+            black_point=augment.black_point,
         ).to(place.device)
         self.criterion = _loss(config, place.rank, place.world_size)
         self._open_classes()
