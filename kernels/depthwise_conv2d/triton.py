@@ -24,14 +24,14 @@ from zoo.kernels.triton_math import sigmoid
 
 __all__ = ["backward", "forward"]
 
-ROWS = 2  # of a strip
-COLUMNS = 2  # loaded at a time
 WARPS = 4
-# By the kernel's side, so that registers suffice: channels of a strip in a lane, forward and for the gradients of the
-# parameters, and programs on a multiprocessor that work out those.
-ELEMENTS = {3: 4, 5: 2, 7: 1}
+COLUMNS = 2  # loaded at a time
+# Rows of a strip and channels of a strip in a lane, forward: more of both share what is loaded, and take registers.
+ROWS, ELEMENTS = 4, 2
+# The same for the gradients of the parameters, and programs on a multiprocessor that work them out, by the kernel's side.
+GRADIENT_ROWS = 2
 GRADIENT_ELEMENTS = {3: 2, 5: 1, 7: 1}
-RESIDENT = {3: 4, 5: 3, 7: 2}
+RESIDENT = {3: 3, 5: 3, 7: 2}
 
 
 @triton.jit
@@ -261,15 +261,15 @@ def _block(C: int) -> int:
     return min((128, 64, 32), key=lambda block: triton.cdiv(C, block) * block)
 
 
-def _options(x: Tensor, side: int, activation: str | None, has_bias: bool, elements: int) -> dict:
-    """Compile-time arguments of both kernels, of which a lane has so many channels of a strip."""
+def _options(x: Tensor, side: int, activation: str | None, has_bias: bool, rows: int, elements: int) -> dict:
+    """Compile-time arguments of both kernels: strips of so many rows, of which a lane has so many channels."""
     block = _block(x.shape[-1])
     return dict(
         C=x.shape[-1],
         K=side,
         HAS_BIAS=has_bias,
         ACTIVATION=activation,
-        ROWS=ROWS,
+        ROWS=rows,
         COLUMNS=COLUMNS,
         STRIPS=32 * WARPS * elements // block,
         BLOCK=block,
@@ -284,7 +284,7 @@ def _launch_forward(
     B, H, W, C = x.shape
     out = x.new_empty(x.shape)
     side = weight.shape[-1]
-    options = _options(x, side, activation, bias is not None, ELEMENTS[side])
+    options = _options(x, side, activation, bias is not None, ROWS, ELEMENTS)
     groups = triton.cdiv(B * triton.cdiv(H, ROWS), options["STRIPS"])
     with device_guard(x.device):
         _forward_kernel[(groups * triton.cdiv(C, options["BLOCK"]),)](
@@ -304,8 +304,8 @@ def backward(grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a
     x, grad, kernel = contiguous_channels(x), contiguous_channels(grad_out), weight.contiguous()
     B, H, W, C = x.shape
     side = kernel.shape[-1]
-    options = _options(x, side, activation, bias is not None, GRADIENT_ELEMENTS[side])
-    groups = triton.cdiv(B * triton.cdiv(H, ROWS), options["STRIPS"])
+    options = _options(x, side, activation, bias is not None, GRADIENT_ROWS, GRADIENT_ELEMENTS[side])
+    groups = triton.cdiv(B * triton.cdiv(H, GRADIENT_ROWS), options["STRIPS"])
     tiles = triton.cdiv(C, options["BLOCK"])
     programs = min(groups, max(1, multiprocessors(x.device) * RESIDENT[side] // tiles))
     d_y = grad if activation is None else x.new_empty(x.shape)
