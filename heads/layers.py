@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,5 +53,13 @@ def conv_norm_act(in_channels: int, channels: int, kernel_size: int = 1, norm: N
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """A map (B, D, H, W) at another size (H, W), bilinearly, by the corners of its cells."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    """A map (B, D, H, W) at another size (H, W), bilinearly, by the corners of its cells; on GPUs it is channels-last.
+
+    Otherwise torch gives every place of the new map a thread there, which goes through all images and channels:
+    milliseconds for the many channels and few places of a pyramid. On CPUs convolutions of such maps are slower.
+    """
+    return _channels_last(F.interpolate(_channels_last(x), size=tuple(size), mode="bilinear", align_corners=False))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x if x.device.type == "cpu" else x.contiguous(memory_format=torch.channels_last)

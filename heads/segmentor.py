@@ -108,7 +108,9 @@ class Segmentor(nn.Module):
     def _features(self, images: Tensor) -> Sequence[Tensor]:
         if images.dim() != 4 or images.shape[1] != len(self.mean):
             raise ValueError(f"expected images (B, {len(self.mean)}, H, W), got {tuple(images.shape)}")
-        return self.neck(self.backbone(images))
+        features = self.backbone(images)
+        # Channels last, as maps of this zoo's backbones are already and ``resize`` makes them.
+        return self.neck([feature.contiguous(memory_format=torch.channels_last) for feature in features])
 
     def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Mean over the labelled pixels of all images, each with the weight of its class.
@@ -127,8 +129,8 @@ class Segmentor(nn.Module):
     def _sum_over_pixels(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of the cross-entropy of some images' pixels, and of their weights."""
         masks = masks.long()
-        logits = resize(logits.float(), masks.shape[-2:])
-        total = F.cross_entropy(logits, masks, self.class_weights, ignore_index=IGNORED, reduction="sum")
+        logits = resize(logits.float(), masks.shape[-2:]).permute(0, 2, 3, 1).flatten(0, 2)  # (pixels, K)
+        total = F.cross_entropy(logits, masks.flatten(), self.class_weights, ignore_index=IGNORED, reduction="sum")
         counts = masks != IGNORED
         weights = counts if self.class_weights is None else counts * self.class_weights[masks.where(counts, 0)]
         return total, weights.sum(dtype=torch.float32)

@@ -314,7 +314,7 @@ def test_captured_image_tower_trains_as_the_eager_one(pairs, tmp_path):
 
 def test_packaged_recipe_is_for_scenes():
     config = load_config("clip/vim_nano_fashion_scenes")
-    assert isinstance(config, ClipConfig) and config.data.image_size == 96
+    assert isinstance(config, ClipConfig) and config.data.image_size == 64
     assert config.augment.flip == 0  # captions tell left from right
     words = WordTokenizer(vocabulary(), config.model.context_length)
     words([template.format("trousers") for template in config.zero_shot.templates])

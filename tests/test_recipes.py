@@ -165,6 +165,34 @@ def optimizer_for(model: torch.nn.Module, world_size: int = 1, updates: int = 4,
     return build_optimizer(config, model, updates, world_size)
 
 
+def test_optimizer_is_torchs_own_loop_on_the_cpu():
+    assert not optimizer_for(torch.nn.Linear(3, 2))[0].defaults["fused"]
+
+
+@pytest.mark.gpu
+def test_one_kernel_steps_all_parameters_on_the_gpu():
+    """Its steps are those of torch's loop, also from a state that was saved in between."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 7)).cuda()
+    parameters, expected = list(model.parameters()), [p.detach().clone() for p in model.parameters()]
+    optimizer = optimizer_for(model, lr=1e-2)[0]
+    assert optimizer.defaults["fused"] and not optimizer_for(model, name="lamb")[0].defaults.get("fused")
+    twin = dict(zip(parameters, expected, strict=True))
+    groups = [{**group, "params": [twin[p] for p in group["params"]]} for group in optimizer.param_groups]
+    peer = torch.optim.AdamW([{**group, "fused": False, "foreach": False} for group in groups])
+    for step in range(6):
+        for own, other in zip(parameters, expected, strict=True):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.clone()
+        optimizer.step()
+        peer.step()
+        if step == 2:
+            state = optimizer.state_dict()
+            optimizer = optimizer_for(model, lr=1e-2)[0]
+            optimizer.load_state_dict(state)
+    torch.testing.assert_close([p.detach() for p in parameters], expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_decay_lowers_the_rate_from_head_to_stem(family):
     """Each parameter is in one group; rates fall by the factor from one layer to the one before it."""

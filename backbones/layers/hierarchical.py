@@ -165,9 +165,9 @@ class HierarchicalBackbone(Backbone):
 
     def _in_format(self, feature: Tensor, output_fmt: str) -> Tensor:
         if self.channels_last and output_fmt == "NCHW":
-            return feature.permute(0, 3, 1, 2).contiguous()
+            return feature.permute(0, 3, 1, 2)  # a view: memory stays channels-last, as convolutions like it
         if not self.channels_last and output_fmt == "NHWC":
-            return feature.permute(0, 2, 3, 1).contiguous()
+            return feature.permute(0, 2, 3, 1)
         return feature
 
     def prune_intermediate_layers(

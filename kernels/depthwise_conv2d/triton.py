@@ -28,7 +28,8 @@ WARPS = 4
 COLUMNS = 2  # loaded at a time
 # Rows of a strip and channels of a strip in a lane, forward: more of both share what is loaded, and take registers.
 ROWS, ELEMENTS = 4, 2
-# The same for the gradients of the parameters, and programs on a multiprocessor that work them out, by the kernel's side.
+# The same for the gradients of the parameters, and programs on a multiprocessor that work them out; by the kernel's
+# side, so that registers suffice.
 GRADIENT_ROWS = 2
 GRADIENT_ELEMENTS = {3: 2, 5: 1, 7: 1}
 RESIDENT = {3: 3, 5: 3, 7: 2}
