@@ -7,7 +7,17 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous_channels", "device_guard", "multiprocessors", "runs_ptx"]
+__all__ = ["ceil_div", "contiguous_channels", "device_guard", "multiprocessors", "next_power_of_2", "runs_ptx"]
+
+
+def ceil_div(x: int, y: int) -> int:
+    """x / y, rounded up; Triton's own takes 10 us a call on the host, as it can be called in kernels too."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n, which is positive."""
+    return 1 << (n - 1).bit_length()
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import device_guard, multiprocessors
+from zoo.kernels._triton import ceil_div, device_guard, multiprocessors, next_power_of_2
 from zoo.kernels.registration import accumulate_dtype
 
 __all__ = ["backward", "forward"]
@@ -133,13 +133,13 @@ def _backward_kernel(
 
 def _options(exact: torch.dtype, D: int, eps: float, least_warps: int = 1) -> dict:
     """Compile-time arguments of both kernels."""
-    block = triton.next_power_of_2(D)
+    block = next_power_of_2(D)
     tile = 32 * ELEMENTS  # of a warp
-    warps = max(triton.cdiv(block, tile), least_warps)
+    warps = max(ceil_div(block, tile), least_warps)
     return dict(
         EPS=float(eps),  # at run time it would be rounded to float32
         D=D,
-        ROWS=min(triton.cdiv(tile * warps, block), MOST_ROWS * warps),
+        ROWS=min(ceil_div(tile * warps, block), MOST_ROWS * warps),
         BLOCK=block,
         dtype=tl.float64 if exact == torch.float64 else tl.float32,
         num_warps=warps,
@@ -168,7 +168,7 @@ def forward(
         total = stream.new_empty(stream.shape, dtype=torch.promote_types(stream.dtype, update.dtype))
     options = _options(accumulate_dtype(stream if total is None else total), D, eps, FORWARD_WARPS)
     with device_guard(stream.device):
-        _forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
+        _forward_kernel[(ceil_div(rows, options["ROWS"]),)](
             stream.contiguous(), _contiguous(update), weight.contiguous(), _contiguous(bias), _contiguous(scale),
             normed, total, rows, rows // stream.shape[0], HAS_UPDATE=update is not None, HAS_BIAS=bias is not None,
             HAS_SCALE=scale is not None, CENTERED=centered, **options,
@@ -194,7 +194,7 @@ def backward(
     exact = accumulate_dtype(stream)
     options = _options(exact, D, eps)
     resident = multiprocessors(stream.device) * max(1, RESIDENT_WARPS // options["num_warps"])
-    programs = min(triton.cdiv(rows, options["ROWS"]), resident)
+    programs = min(ceil_div(rows, options["ROWS"]), resident)
     d_stream = stream.new_empty(stream.shape, dtype=stream_dtype)
     d_update = None if update_dtype is None else stream.new_empty(stream.shape, dtype=update_dtype)
     sums = stream.new_empty(1 if bias_dtype is None else 2, programs, D, dtype=exact)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import contiguous_channels, device_guard
+from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard, next_power_of_2
 from zoo.kernels.registration import accumulate_dtype
 from zoo.kernels.triton_math import sigmoid
 
@@ -188,7 +188,7 @@ def _backward_kernel(
 
 def _run_length(L: int, target: int) -> int:
     """Cuts L tokens into runs of equal length, about ``target``."""
-    return triton.cdiv(L, max(1, round(L / target)))
+    return ceil_div(L, max(1, round(L / target)))
 
 
 def _path_stride(x: Tensor) -> int:
@@ -217,7 +217,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse:
     shifts = None if bias is None else bias.contiguous()
     out = x.new_empty(K, batch, L, D)
     run_length = _run_length(L, FORWARD_RUN)
-    grid = (K * batch * triton.cdiv(L, run_length) * triton.cdiv(D, BLOCK_D),)
+    grid = (K * batch * ceil_div(L, run_length) * ceil_div(D, BLOCK_D),)
     with device_guard(x.device):
         _forward_kernel[grid](
             x, taps, shifts, out, batch, L, D, x.stride(0), _path_stride(x), x.stride(2), run_length,
@@ -235,13 +235,13 @@ def backward(
     x, grad_out, taps = contiguous_channels(x), contiguous_channels(grad_out), weight.contiguous()
     shifts = None if bias is None else bias.contiguous()
     run_length = _run_length(L, BACKWARD_RUN)
-    runs = batch * triton.cdiv(L, run_length)
+    runs = batch * ceil_div(L, run_length)
     d_x = x.new_empty(batch, paths_x, L, D)
     sums = x.new_empty(runs, K, W + 1, D, dtype=accumulate_dtype(x))
     # The state of every path walked together is in registers: the more paths, the fewer channels for a lane.
-    num_warps = min(4, triton.next_power_of_2(K)) if paths_x == 1 else 1
+    num_warps = min(4, next_power_of_2(K)) if paths_x == 1 else 1
     with device_guard(x.device):
-        _backward_kernel[(paths_x * runs * triton.cdiv(D, BLOCK_D),)](
+        _backward_kernel[(paths_x * runs * ceil_div(D, BLOCK_D),)](
             grad_out, x, taps, shifts, d_x, sums, L, D, grad_out.stride(0), grad_out.stride(1), grad_out.stride(2),
             x.stride(0), _path_stride(x), x.stride(2), run_length, SHARED=paths_x == 1,
             **_options(x, weight, bias, silu, reverse), num_warps=num_warps,

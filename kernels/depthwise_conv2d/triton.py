@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import contiguous_channels, device_guard, multiprocessors
+from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard, multiprocessors
 from zoo.kernels.registration import accumulate_dtype
 from zoo.kernels.triton_math import sigmoid
 
@@ -259,7 +259,7 @@ def _gradient_kernel(
 
 def _block(C: int) -> int:
     """Channels of a program: those of 128, 64 and 32 that leave the fewest lanes idle."""
-    return min((128, 64, 32), key=lambda block: triton.cdiv(C, block) * block)
+    return min((128, 64, 32), key=lambda block: ceil_div(C, block) * block)
 
 
 def _options(x: Tensor, side: int, activation: str | None, has_bias: bool, rows: int, elements: int) -> dict:
@@ -286,9 +286,9 @@ def _launch_forward(
     out = x.new_empty(x.shape)
     side = weight.shape[-1]
     options = _options(x, side, activation, bias is not None, ROWS, ELEMENTS)
-    groups = triton.cdiv(B * triton.cdiv(H, ROWS), options["STRIPS"])
+    groups = ceil_div(B * ceil_div(H, ROWS), options["STRIPS"])
     with device_guard(x.device):
-        _forward_kernel[(groups * triton.cdiv(C, options["BLOCK"]),)](
+        _forward_kernel[(groups * ceil_div(C, options["BLOCK"]),)](
             x, weight, bias, out, B, H, W, *x.stride()[:3], TURNED=turned, **options
         )
     return out
@@ -306,8 +306,8 @@ def backward(grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a
     B, H, W, C = x.shape
     side = kernel.shape[-1]
     options = _options(x, side, activation, bias is not None, GRADIENT_ROWS, GRADIENT_ELEMENTS[side])
-    groups = triton.cdiv(B * triton.cdiv(H, GRADIENT_ROWS), options["STRIPS"])
-    tiles = triton.cdiv(C, options["BLOCK"])
+    groups = ceil_div(B * ceil_div(H, GRADIENT_ROWS), options["STRIPS"])
+    tiles = ceil_div(C, options["BLOCK"])
     programs = min(groups, max(1, multiprocessors(x.device) * RESIDENT[side] // tiles))
     d_y = grad if activation is None else x.new_empty(x.shape)
     sums = x.new_empty(programs, side * side + 1, C, dtype=accumulate_dtype(x))

@@ -8,11 +8,10 @@ atomics, so two runs give the same bits.
 import functools
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import contiguous_channels, device_guard, multiprocessors, runs_ptx
+from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard, multiprocessors, runs_ptx
 from zoo.kernels.registration import accumulate_dtype, path_length
 from zoo.kernels.selective_scan.op import CHUNK, new_in_order_of, num_chunks, paths_first
 from zoo.kernels.selective_scan.triton_common import (
@@ -70,12 +69,12 @@ def backward(
     block["STAGES"] = 3
     side = side_by_side(u, A, z, complete)
     launches, splits, region = plan_launches(u, A, groups, paths, window, side)
-    blocks = triton.cdiv(channels // groups, block_d)
+    blocks = ceil_div(channels // groups, block_d)
     places = multiprocessors(u.device) * max(1, RESIDENT_WARPS // block["num_warps"])
     if splits == 1 and K == 1:
         splits, region = even_regions(batch * groups * blocks, places, steps)
     items = batch * splits * groups * blocks * (K if side else 1)
-    programs = triton.cdiv(items, triton.cdiv(items, places))  # all have as many items, but for the last one
+    programs = ceil_div(items, ceil_div(items, places))  # all have as many items, but for the last one
     reverse_mask = sum(1 << k for k in range(K) if reverse[k])
     orders = 1 if paths is None else paths.shape[0]
     sum_u = shared == 1 and (K > 1 or not complete) and not side
@@ -135,7 +134,7 @@ def backward(
                 L, steps, K, orders, channels, channels, channels // groups, reverse_mask, region, splits, *strides,
                 **options,
             )  # fmt: skip
-            carry_kernel[(triton.cdiv(channels, block_d), batch * K)](
+            carry_kernel[(ceil_div(channels, block_d), batch * K)](
                 A, from_outside, entering, sums, dinitial, K, splits, channels, channels, reverse_mask,
                 N=N, BLOCK_N=block_n, BLOCK_D=block_d, AHEAD=4, FROM_END=True, MIRRORED=launches[0].mirrored,
                 HAS_INITIAL=from_outside is not None, HAS_LAST=dinitial is not None, ACC=acc,
@@ -154,7 +153,7 @@ def backward(
                 U_PATHS_FIRST=paths_first(du), PATHS_FIRST=paths_first(ddelta), **options,
             )  # fmt: skip
         rows, block_rows = batch * K * L * groups, 256 // block_n
-        add_partials_kernel[(triton.cdiv(rows, block_rows),)](
+        add_partials_kernel[(ceil_div(rows, block_rows),)](
             partial, dB, dC, blocks, rows, N=N, BLOCK_N=block_n, ROWS=block_rows, num_warps=2
         )
     if not complete and z is not None:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import device_guard
+from zoo.kernels._triton import ceil_div, device_guard, next_power_of_2
 from zoo.kernels.triton_math import LOG2E
 
 __all__ = [
@@ -239,7 +239,7 @@ def pack_projections(B: Tensor, C: Tensor, dtype: torch.dtype, block_n: int) -> 
     packed = torch.empty(batch, K, L, groups, 2, block_n, dtype=dtype, device=B.device)
     rows = 64
     with device_guard(B.device):
-        pack_kernel[(triton.cdiv(L * groups, rows), batch * K)](
+        pack_kernel[(ceil_div(L * groups, rows), batch * K)](
             B, C, packed, K, L, groups, *B.stride(), *C.stride(), N=N, BLOCK_N=block_n, ROWS=rows, num_warps=4
         )
     return packed
@@ -261,7 +261,7 @@ def block_shape(N: int, channels: int) -> dict[str, int]:
         N: States.
         channels: Channels that share their B and C.
     """
-    block_n = triton.next_power_of_2(N)
+    block_n = next_power_of_2(N)
     unroll = max(4, min(16, 64 // block_n))
     vector = next(size for size in (8, 4, 2, 1) if channels % size == 0)
     warps = max(1, block_n // 16)

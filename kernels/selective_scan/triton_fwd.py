@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import contiguous_channels, device_guard
+from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard
 from zoo.kernels.registration import accumulate_dtype, path_length
 from zoo.kernels.selective_scan.op import CHUNK, num_chunks
 from zoo.kernels.selective_scan.triton_common import (
@@ -253,7 +253,7 @@ def forward(
         HOLES=not complete, COARSE=delta.dtype.itemsize == 2,
         OFFSET=offset_type(L, u.stride(2), delta.stride(2), packed.stride(2), channels, z_strides[1]),
     )  # fmt: skip
-    blocks = groups * triton.cdiv(channels // groups, common["BLOCK_D"])
+    blocks = groups * ceil_div(channels // groups, common["BLOCK_D"])
     with device_guard(u.device):
         if splits > 1:
             initial, entering = entering, u.new_empty(batch, K, splits, N, channels, dtype=dtype)
@@ -263,7 +263,7 @@ def forward(
                 L, steps, K, orders, channels, channels, channels // groups, reverse_mask, region, splits,
                 *u_strides, *delta.stride()[:3], MIRRORED=launches[0].mirrored, **common, **scan,
             )  # fmt: skip
-            carry_kernel[(triton.cdiv(channels, common["BLOCK_D"]), batch * K)](
+            carry_kernel[(ceil_div(channels, common["BLOCK_D"]), batch * K)](
                 A, initial, entering, sums, last_state, K, splits, channels, channels, reverse_mask,
                 AHEAD=4, FROM_END=False, MIRRORED=launches[0].mirrored, HAS_INITIAL=initial is not None,
                 HAS_LAST=True, **common,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import multiprocessors
+from zoo.kernels._triton import ceil_div, multiprocessors
 from zoo.kernels.registration import path_length
 from zoo.kernels.selective_scan.op import CHUNK
 from zoo.kernels.selective_scan.triton_common import (
@@ -80,12 +80,12 @@ def plan_launches(
     K, _, N = A.shape
     steps = path_length(u, paths)
     block = block_shape(N, channels // groups)
-    programs = batch * groups * triton.cdiv(channels // groups, block["BLOCK_D"]) * (K if side else 1)
+    programs = batch * groups * ceil_div(channels // groups, block["BLOCK_D"]) * (K if side else 1)
     warps = programs * block["num_warps"] / multiprocessors(u.device)
     fewest, wanted = (8, 16) if block["BLOCK_N"] >= 8 else (10, 24)
     splits = max(1, min(steps // 64, int(wanted / warps))) if warps < fewest else 1
-    region = triton.cdiv(triton.cdiv(steps, splits), CHUNK) * CHUNK
-    splits = triton.cdiv(steps, region)
+    region = ceil_div(ceil_div(steps, splits), CHUNK) * CHUNK
+    splits = ceil_div(steps, region)
     if side:
         return [Launch(0, 1, 1, False)], splits, region
     if splits == 1:
@@ -103,13 +103,13 @@ def even_regions(items: int, places: int, steps: int) -> tuple[int, int]:
     """
 
     def filled(splits: int) -> float:
-        return items * splits / (triton.cdiv(items * splits, places) * places)
+        return items * splits / (ceil_div(items * splits, places) * places)
 
     splits = 1
     if filled(1) < 0.7 and items > places:
         splits = max(range(1, min(4, steps // 64) + 1), key=filled, default=1)
-    region = triton.cdiv(triton.cdiv(steps, splits), CHUNK) * CHUNK
-    return triton.cdiv(steps, region), region
+    region = ceil_div(ceil_div(steps, splits), CHUNK) * CHUNK
+    return ceil_div(steps, region), region
 
 
 # In all kernels `stride_N` is `channels` again, hidden from Triton's divisibility analysis: see `block_shape`.

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import device_guard
+from zoo.kernels._triton import ceil_div, device_guard
 
 __all__ = ["add_partials_kernel", "add_paths", "channel_sums", "pair_selector", "quad_sums", "store_pair_sums"]
 
@@ -138,5 +138,5 @@ def add_paths(x: Tensor) -> Tensor:
     y = torch.empty(batch, L, channels, dtype=x.dtype, device=x.device)
     block = 1024
     with device_guard(x.device):
-        add_paths_kernel[(triton.cdiv(L * channels, block), batch)](x, y, L * channels, K=K, BLOCK=block, num_warps=4)
+        add_paths_kernel[(ceil_div(L * channels, block), batch)](x, y, L * channels, K=K, BLOCK=block, num_warps=4)
     return y

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import contiguous_channels, device_guard
+from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard
 from zoo.kernels.ssd import cpu
 from zoo.kernels.ssd.triton_common import (
     PROGRAMS,
@@ -182,7 +182,7 @@ def _states(
 ) -> tuple[Tensor, Tensor | None]:
     """States before and gradients of the states after every chunk; gradient of the state before the path if wanted."""
     starts = [None if t is None else t.contiguous() for t in (initial_state, grad_last_state)]
-    programs = 2 * given.batch * given.K * given.heads * triton.cdiv(given.width, 64)
+    programs = 2 * given.batch * given.K * given.heads * ceil_div(given.width, 64)
     regions = given.regions(programs)
     if regions[0] > 1:
         _, ends, totals = region_states(given, regions, None, None, True, grad_out)
@@ -194,8 +194,8 @@ def _states(
 def _head_splits(given: Inputs) -> tuple[int, int]:
     """Into how many parts the heads of a group are split to make enough programs, and the heads of a part."""
     heads = given.heads // given.groups
-    split_heads = triton.cdiv(heads, min(heads, triton.cdiv(2 * PROGRAMS, given.batch * given.groups * given.chunks)))
-    return triton.cdiv(heads, split_heads), split_heads
+    split_heads = ceil_div(heads, min(heads, ceil_div(2 * PROGRAMS, given.batch * given.groups * given.chunks)))
+    return ceil_div(heads, split_heads), split_heads
 
 
 def backward(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import contiguous_channels
+from zoo.kernels._triton import ceil_div, contiguous_channels, next_power_of_2
 from zoo.kernels.registration import accumulate_dtype, path_length
 
 __all__ = [
@@ -262,7 +262,7 @@ class Blocks:
         work. Where tiles take more registers than four warps have, by dtype or width, there are eight; and where they
         would still spill, chunks are shorter and loads are not begun ahead of time.
         """
-        width, N = (max(16, triton.next_power_of_2(size)) for size in (x.shape[-1], B.shape[-1]))
+        width, N = (max(16, next_power_of_2(size)) for size in (x.shape[-1], B.shape[-1]))
         largest = max(width, N)
         if x.element_size() > 2:
             return cls(64 if largest <= 32 else 32 if largest <= 64 else 16, width, N, 8, 1, 8, (1, 1))
@@ -300,7 +300,7 @@ class Inputs:
         self.K, self.groups, self.N = dt.shape[1], *B.shape[3:]
         self.blocks = Blocks.of(x, B)
         self.S = path_length(x, paths)
-        self.chunks = triton.cdiv(self.S, self.blocks.Q)
+        self.chunks = ceil_div(self.S, self.blocks.Q)
         self.T = self.chunks * self.blocks.Q
         self.x, self.dt, self.B, self.C = contiguous_channels(x), dt, contiguous_channels(B), contiguous_channels(C)
         self.A, self.dt_bias, self.paths = (None if t is None else t.contiguous() for t in (A, dt_bias, paths))
@@ -325,7 +325,7 @@ class Inputs:
     @property
     def grid_of_steps(self) -> tuple[int, int, int]:
         """One program per chunk, sixteen heads, and path of a batch element."""
-        return self.chunks, triton.cdiv(self.heads, 16), self.batch * self.K
+        return self.chunks, ceil_div(self.heads, 16), self.batch * self.K
 
     def new(self, *shape: int) -> Tensor:
         """A buffer in the dtype of sums, filled by a kernel."""
@@ -346,8 +346,8 @@ class Inputs:
 
     def regions(self, programs: int) -> tuple[int, int]:
         """Into how many regions a path is cut, and their chunks, where one region makes that many programs."""
-        region_chunks = triton.cdiv(self.chunks, min(self.chunks, triton.cdiv(PROGRAMS, programs)))
-        return triton.cdiv(self.chunks, region_chunks), region_chunks
+        region_chunks = ceil_div(self.chunks, min(self.chunks, ceil_div(PROGRAMS, programs)))
+        return ceil_div(self.chunks, region_chunks), region_chunks
 
 
 def region_states(
@@ -385,7 +385,7 @@ def region_states(
         all_ends = given.new(directions, given.batch, given.K, count, *state)
         totals = given.new(directions, given.batch, given.K, count, given.heads)
     placeholder = given.decays  # what is not used must still be a pointer
-    grid = (given.heads * triton.cdiv(given.width, block_p), count * directions, given.batch * given.K)
+    grid = (given.heads * ceil_div(given.width, block_p), count * directions, given.batch * given.K)
     grad_strides = (0, 0, 0) if grad_out is None else grad_out.stride()[:3]
     states_kernel[grid](
         given.x, given.B, given.x if grad_out is None else grad_out, given.C, start, start_grad,
@@ -407,8 +407,8 @@ def carry_states(given: Inputs, start: Tensor | None, ends: Tensor, totals: Tens
     ``ends`` and ``totals`` are what :func:`region_states` found for one direction when all regions started from zeros.
     """
     size = given.width * given.N
-    block = min(1024, triton.next_power_of_2(size))
-    carry_kernel[(triton.cdiv(size, block), given.heads, given.batch * given.K)](
+    block = min(1024, next_power_of_2(size))
+    carry_kernel[(ceil_div(size, block), given.heads, given.batch * given.K)](
         start, ends, totals, given.heads, ends.shape[2], SIZE=size, BLOCK=block, HAS_START=start is not None,
         ACC=given.options["ACC"], num_warps=4,
     )  # fmt: skip

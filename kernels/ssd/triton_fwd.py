@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import device_guard
+from zoo.kernels._triton import ceil_div, device_guard
 from zoo.kernels.ssd import cpu
 from zoo.kernels.ssd.triton_common import (
     Blocks,
@@ -114,7 +114,7 @@ def forward(
         start = None if initial_state is None else initial_state.contiguous()
         D = None if D is None else D.contiguous()
         block_p = min(64, given.blocks.P)
-        head_blocks = given.heads * triton.cdiv(given.width, block_p)
+        head_blocks = given.heads * ceil_div(given.width, block_p)
         regions = given.regions(given.batch * head_blocks)
         if regions[0] > 1:
             _, ends, totals = region_states(given, regions, None, None, ends=True)
