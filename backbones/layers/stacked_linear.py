@@ -41,8 +41,8 @@ class _Products(torch.autograd.Function):
 class _Steps(torch.autograd.Function):
     """Steps (S, B, L, E), B and C (S, B, L, N) of rows (S, B, L, >= R + 2 N) of S sets, by their weights (S, E, R).
 
-    B and C are views. The rows' gradient is written where it belongs, in the order in memory of the rows themselves:
-    three gradients are not put together, and what they make not turned around.
+    B and C are views. The rows' gradient is written in the order in memory of the rows themselves, so that it need not
+    be turned around; those of B and C, a few bytes a row, are put together first.
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class _Steps(torch.autograd.Function):
         of_steps = of_steps.flatten(1, 2)
         torch.bmm(of_steps, weight, out=d_rows[..., :rank].flatten(1, 2))
         unused = d_rows.new_zeros(()).expand(*d_rows.shape[:3], d_rows.shape[3] - rank - 2 * ctx.states)
-        d_rows[..., rank:].copy_(torch.cat([of_B, of_C, unused], dim=-1))  # one by one, each writes a few bytes a row
+        d_rows[..., rank:].copy_(torch.cat([of_B, of_C, unused], dim=-1))
         if ctx.needs_input_grad[1]:
             d_weight = _weight_gradient(of_steps, rows[..., :rank].flatten(1, 2))
         return d_rows, d_weight, None
