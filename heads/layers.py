@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Norm", "conv_norm_act", "make_norm", "resize"]
+__all__ = ["Norm", "channels_last", "conv_norm_act", "make_norm", "resize"]
 
 Norm = Literal["batch", "group"]
 
@@ -53,13 +53,15 @@ def conv_norm_act(in_channels: int, channels: int, kernel_size: int = 1, norm: N
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """A map (B, D, H, W) at another size (H, W), bilinearly, by the corners of its cells; on GPUs it is channels-last.
+    """A map (B, D, H, W) at another size (H, W), bilinearly, by the corners of its cells; see :func:`channels_last`."""
+    return channels_last(F.interpolate(channels_last(x), size=tuple(size), mode="bilinear", align_corners=False))
 
-    Otherwise torch gives every place of the new map a thread there, which goes through all images and channels:
-    milliseconds for the many channels and few places of a pyramid. On CPUs convolutions of such maps are slower.
+
+def channels_last(x: Tensor) -> Tensor:
+    """A map (B, D, H, W) with its channels side by side in memory on GPUs; maps on CPUs as they are.
+
+    A bilinear resize of another map gives every place of the result a thread, which goes through all images and
+    channels: milliseconds for the many channels and few places of a pyramid. On CPUs convolutions of such maps are
+    slower.
     """
-    return _channels_last(F.interpolate(_channels_last(x), size=tuple(size), mode="bilinear", align_corners=False))
-
-
-def _channels_last(x: Tensor) -> Tensor:
     return x if x.device.type == "cpu" else x.contiguous(memory_format=torch.channels_last)

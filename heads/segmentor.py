@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.heads.decode_head import DecodeHead
-from zoo.heads.layers import resize
+from zoo.heads.layers import channels_last, resize
 
 __all__ = ["IGNORED", "Segmentor", "check_masks", "predict_segmentation", "slide_logits"]
 
@@ -108,9 +108,7 @@ class Segmentor(nn.Module):
     def _features(self, images: Tensor) -> Sequence[Tensor]:
         if images.dim() != 4 or images.shape[1] != len(self.mean):
             raise ValueError(f"expected images (B, {len(self.mean)}, H, W), got {tuple(images.shape)}")
-        features = self.backbone(images)
-        # Channels last, as maps of this zoo's backbones are already and ``resize`` makes them.
-        return self.neck([feature.contiguous(memory_format=torch.channels_last) for feature in features])
+        return self.neck([channels_last(feature) for feature in self.backbone(images)])
 
     def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Mean over the labelled pixels of all images, each with the weight of its class.

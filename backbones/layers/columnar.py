@@ -294,9 +294,7 @@ class ColumnarBackbone(Backbone):
                 feature = self._normed_feature(index, stream.tokens if source == "stream" else update, norm)
                 patches, class_tokens = self.split_tokens(feature)
                 if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(
-                        2, grid
-                    )  # (B, D, grid H, grid W), channels-last in memory
+                    patches = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, grid H, grid W), a view
                 intermediates.append((patches, class_tokens) if return_prefix_tokens else patches)
         if intermediates_only:
             return intermediates

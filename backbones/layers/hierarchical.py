@@ -165,7 +165,7 @@ class HierarchicalBackbone(Backbone):
 
     def _in_format(self, feature: Tensor, output_fmt: str) -> Tensor:
         if self.channels_last and output_fmt == "NCHW":
-            return feature.permute(0, 3, 1, 2)  # a view: memory stays channels-last, as convolutions like it
+            return feature.permute(0, 3, 1, 2)  # a view, channels-last in memory
         if not self.channels_last and output_fmt == "NHWC":
             return feature.permute(0, 2, 3, 1)
         return feature

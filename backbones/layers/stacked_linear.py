@@ -59,8 +59,10 @@ class _Steps(torch.autograd.Function):
         d_rows, d_weight, rank = torch.empty_like(rows), None, weight.shape[2]
         of_steps = of_steps.flatten(1, 2)
         torch.bmm(of_steps, weight, out=d_rows[..., :rank].flatten(1, 2))
-        unused = d_rows.new_zeros(()).expand(*d_rows.shape[:3], d_rows.shape[3] - rank - 2 * ctx.states)
-        d_rows[..., rank:].copy_(torch.cat([of_B, of_C, unused], dim=-1))
+        others, unused = [of_B, of_C], rows.shape[3] - rank - 2 * ctx.states
+        if unused:
+            others.append(d_rows.new_zeros(()).expand(*rows.shape[:3], unused))
+        d_rows[..., rank:].copy_(torch.cat(others, dim=-1))
         if ctx.needs_input_grad[1]:
             d_weight = _weight_gradient(of_steps, rows[..., :rank].flatten(1, 2))
         return d_rows, d_weight, None

@@ -22,7 +22,7 @@ __all__ = ["backward", "forward"]
 ELEMENTS = 16  # of a row, or of several, in a lane; the backward has five or six such tiles in registers
 MOST_ROWS = 32  # of a tile: what is known of a row takes registers too
 FORWARD_WARPS = 1  # at least, of a program: each has rows of its own where they are narrow
-RESIDENT_WARPS = 16  # of backward programs on a multiprocessor: more registers than that are not there
+RESIDENT_WARPS = 16  # of backward programs on a multiprocessor: as many as its registers leave room for
 STAGES = 2  # of backward programs: a tile is loaded into shared memory while the one before is worked on
 
 

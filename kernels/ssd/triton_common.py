@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import ceil_div, contiguous_channels, next_power_of_2
 from zoo.kernels.registration import accumulate_dtype, path_length
+from zoo.kernels.triton_math import LOG2E
 
 __all__ = [
     "PROGRAMS",
@@ -34,7 +35,6 @@ __all__ = [
     "walking_order",
 ]
 
-LOG2E = tl.constexpr(1.4426950408889634)
 PROGRAMS = 512  # as many programs as keep a large GPU busy: about four to each multiprocessor
 
 
