@@ -173,6 +173,7 @@ class Stem(nn.Sequential):
         super().__init__(*layers, *conv(dim, dim, 1)[:2])
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # and so are all maps then
         return super().forward(x).permute(0, 2, 3, 1).contiguous()
 
 

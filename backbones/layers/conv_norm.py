@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zoo.backbones.layers.depthwise_conv import depthwise_conv
 from zoo.kernels import Activation, activate
 
-__all__ = ["conv_norm", "convolve", "on_images"]
+__all__ = ["conv_norm", "convolve", "map_of", "on_images"]
 
 # In this file, too, FX sees them as single nodes.
 torch.fx.wrap("activate")
@@ -18,6 +18,15 @@ torch.fx.wrap("depthwise_conv")
 def on_images(layer: nn.Module, x: Tensor) -> Tensor:
     """Applies a layer of images (B, C, H, W) to a map (B, H, W, C), through channels-last views."""
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def map_of(layer: nn.Module, images: Tensor) -> Tensor:
+    """Applies a first layer to images (B, C, H, W); returns a map (B, H', W', D).
+
+    The images become channels-last before: of others a convolution makes a channels-first map, many times as large, that
+    what follows would have to copy, and its gradient too.
+    """
+    return layer(images.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -13,7 +13,7 @@ from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.backbones.layers.add_norm import add_norm
-from zoo.backbones.layers.conv_norm import on_images
+from zoo.backbones.layers.conv_norm import map_of, on_images
 from zoo.backbones.layers.layer_norm import LayerNorm
 
 __all__ = [
@@ -94,7 +94,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to a map (B, H // patch, W // patch, C)."""
-        return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
+        return self.norm1(map_of(self.conv1, x))
 
 
 class ConvStem(nn.Module):
@@ -131,7 +131,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to a map (B, ceil(H / patch), ceil(W / patch), C)."""
-        x = F.gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        x = F.gelu(self.norm1(map_of(self.conv1, x)))
         return self.norm2(on_images(self.conv2, x))
 
 

@@ -150,7 +150,8 @@ def backward(
                 HAS_ENTERING=entering is not None,
                 HAS_DINITIAL=dinitial is not None, SPLIT=splits > 1, SIDE=side, SUM_U=sum_u, SUM_Y=sum_y,
                 COMPLETE=complete, LOT=lot, HALF=half, PTX=runs_ptx(u.device), MATRIX=matrix,
-                U_PATHS_FIRST=paths_first(du), PATHS_FIRST=paths_first(ddelta), **options,
+                U_PATHS_FIRST=paths_first(du), PATHS_FIRST=paths_first(ddelta), TAIL=channels // groups % block_d > 0,
+                **options,
             )  # fmt: skip
         rows, block_rows = batch * K * L * groups, 256 // block_n
         add_partials_kernel[(ceil_div(rows, block_rows),)](

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._triton import ceil_div, device_guard, next_power_of_2
-from zoo.kernels.triton_math import LOG2E
+from zoo.kernels.triton_math import LOG2E, sigmoid
 
 __all__ = [
     "PLAIN_NUMBERS",
@@ -21,6 +21,7 @@ __all__ = [
     "row_of",
     "rows_of",
     "softplus",
+    "softplus_slope",
     "split_projections",
     "state_cells",
     "states_first",
@@ -127,9 +128,10 @@ def row_of(token, HOLES: tl.constexpr):
 
 
 @triton.jit
-def tile_at(tokens, pointers, row_stride, HOLES: tl.constexpr):
-    """The rows (D,) of several tokens, (STEPS, D). Nothing is masked: every pointer can be read."""
-    return tl.load(pointers[None, :] + row_of(tokens, HOLES)[:, None] * row_stride)
+def tile_at(tokens, pointers, row_stride, HOLES: tl.constexpr, mask=None):
+    """The rows (D,) of several tokens, (STEPS, D). Every pointer can be read; where mask is false, zeros come."""
+    at = pointers[None, :] + row_of(tokens, HOLES)[:, None] * row_stride
+    return tl.load(at, mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit
@@ -185,12 +187,24 @@ def split_projections(row):
 
 @triton.jit
 def step_size(delta_j, bias, inside, SOFTPLUS: tl.constexpr, COARSE: tl.constexpr):
-    """delta + bias and the step size made of it, which is zero where there is no step."""
-    raw = delta_j + bias
+    """delta + bias and the step size made of it, which is zero where there is no step, as is its slope."""
+    raw = tl.where(inside, delta_j + bias, -float("inf") if SOFTPLUS else 0.0)
     step = raw
     if SOFTPLUS:
         step = softplus(raw, COARSE)
-    return raw, tl.where(inside, step, 0.0)
+    return raw, step
+
+
+@triton.jit
+def softplus_slope(x, y, COARSE: tl.constexpr):
+    """Derivative of y = softplus(x), sigmoid(x) = 1 - exp(-y).
+
+    The latter takes fewer instructions and lets go of x, but is off by 6e-8, which only 16-bit types do not show where
+    y is small.
+    """
+    if COARSE:
+        return 1.0 - tl.exp2(y * -LOG2E)
+    return sigmoid(x)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from zoo.kernels.selective_scan.triton_common import (
     region_of,
     row_of,
     rows_of,
+    softplus_slope,
     split_projections,
     state_cells,
     step_size,
@@ -33,12 +34,20 @@ __all__ = ["scan_gradient_kernel"]
 
 
 @triton.jit
-def gated(dout, z, inside, HAS_Z: tl.constexpr):
-    """Gradient of a step's output before the gate, zero past the end."""
-    dy = tl.where(inside, dout, 0.0)
+def gated(dout, z, HAS_Z: tl.constexpr):
+    """Gradient of a step's output before the gate."""
     if HAS_Z:
-        dy = dy * z * sigmoid(z)
-    return dy
+        dout = dout * z * sigmoid(z)
+    return dout
+
+
+@triton.jit
+def visits_of(tokens, step, end, STEPS: tl.constexpr, HOLES: tl.constexpr):
+    """Which of the steps from ``step`` on visit a token, (STEPS,)."""
+    visits = step + tl.arange(0, STEPS) < end
+    if HOLES:
+        visits = visits & (tokens >= 0)
+    return visits
 
 
 # Hiding the alignment of `scratch` keeps one channel to a lane, like `stride_N` does, with offsets known beforehand.
@@ -54,7 +63,8 @@ def scan_gradient_kernel(
     HAS_ENTERING: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr,
     SPLIT: tl.constexpr, SIDE: tl.constexpr, MIRRORED: tl.constexpr, SUM_U: tl.constexpr, SUM_Y: tl.constexpr,
     COMPLETE: tl.constexpr, MATRIX: tl.constexpr, COARSE: tl.constexpr, LOT: tl.constexpr, HALF: tl.constexpr,
-    PTX: tl.constexpr, U_PATHS_FIRST: tl.constexpr, PATHS_FIRST: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
+    PTX: tl.constexpr, U_PATHS_FIRST: tl.constexpr, PATHS_FIRST: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a region of the paths first, first + stride... (count of them).
 
@@ -173,7 +183,8 @@ def scan_gradient_kernel(
                         delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
                         if WINDOW > 1:
                             BC_t = rows_of(tile_at(tokens, BC_at, packed_l, HOLES))
-                            dout_t = rows_of(visited(tile_at(tokens, dout_at, dout_l, HOLES), tokens, HOLES))
+                            visits = visits_of(tokens, start, end, UNROLL, HOLES)
+                            dout_t = rows_of(tile_at(tokens, dout_at, dout_l, HOLES, visits[:, None]))
                             z_t = dout_t
                             if HAS_Z:
                                 z_t = rows_of(tile_at(tokens, z_at, z_l, HOLES))
@@ -183,12 +194,11 @@ def scan_gradient_kernel(
                         inputs_t = ()
                         dys_t = ()
                         for j in tl.static_range(UNROLL):
-                            inside = start + j < end
-                            _, step = step_size(delta_t[j].to(ACC), bias_k, inside, SOFTPLUS, COARSE)
+                            _, step = step_size(delta_t[j].to(ACC), bias_k, start + j < end, SOFTPLUS, COARSE)
                             steps_t = steps_t + (step,)
                             inputs_t = inputs_t + (step * u_t[j].to(ACC),)
                             if WINDOW > 1:
-                                dys_t = dys_t + (gated(dout_t[j].to(ACC), z_t[j].to(ACC), inside, HAS_Z),)
+                                dys_t = dys_t + (gated(dout_t[j].to(ACC), z_t[j].to(ACC), HAS_Z),)
                         for piece in tl.static_range(UNROLL // SEGMENT):
                             if start + piece * SEGMENT < recompute_end:
                                 for j in tl.static_range(piece * SEGMENT, (piece + 1) * SEGMENT):
@@ -225,7 +235,8 @@ def scan_gradient_kernel(
                         h = tl.load(saved_at + segment * N * channels, mask=state_mask, other=0.0)
                     u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
                     delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
-                    dout_t = rows_of(visited(tile_at(tokens, dout_at, dout_l, HOLES), tokens, HOLES))
+                    visits = visits_of(tokens, start, end, SEGMENT, HOLES)
+                    dout_t = rows_of(tile_at(tokens, dout_at, dout_l, HOLES, visits[:, None]))
                     BC_t = rows_of(tile_at(tokens, BC_at, packed_l, HOLES))
                     z_t = dout_t
                     if HAS_Z:
@@ -254,7 +265,7 @@ def scan_gradient_kernel(
                                 handed = tl.zeros([BLOCK_N, BLOCK_D], ACC)
                             handed_t = handed_t + (handed,)
                             if j < SEGMENT - 1:
-                                dy = gated(dout_t[j].to(ACC), z_t[j].to(ACC), start + j < end, HAS_Z)
+                                dy = gated(dout_t[j].to(ACC), z_t[j].to(ACC), HAS_Z)
                                 _, C_j = split_projections(BC_t[j])
                                 handed = decays[j] * (handed + C_j[:, None] * dy[None, :])
 
@@ -271,7 +282,7 @@ def scan_gradient_kernel(
                         step, u_j = sizes[j], u_t[j].to(ACC)
                         B_j, C_j = split_projections(BC_t[j])
                         inside = start + j < end
-                        dout_j = tl.where(inside, dout_t[j].to(ACC), 0.0)
+                        dout_j = dout_t[j].to(ACC)
                         dy = dout_j
                         seen = h  # what C reads
                         if WINDOW > 1:
@@ -298,8 +309,11 @@ def scan_gradient_kernel(
                                 handed_j = unpark(lot, (SLOTS + segment) * STATE, BLOCK_N, BLOCK_D, LOT, HALF)
                             of_input = g + handed_j
                         gB = tl.sum(of_input * B_j[:, None], 0)
-                        of_C = seen * tl.where(d_mask, dy, 0.0)[None, :]
-                        of_B = of_input * tl.where(d_mask, step * u_j, 0.0)[None, :]
+                        factor_C, factor_B = dy, step * u_j
+                        if TAIL:
+                            factor_C, factor_B = tl.where(d_mask, factor_C, 0.0), tl.where(d_mask, factor_B, 0.0)
+                        of_C = seen * factor_C[None, :]
+                        of_B = of_input * factor_B[None, :]
                         future = g * decays[j]
                         w = future * before_j
                         if WINDOW > 1:
@@ -309,8 +323,10 @@ def scan_gradient_kernel(
                         Aw = tl.sum(w * A_k, 0)
                         dstep = u_j * gB + Aw / LOG2E
                         if SOFTPLUS:
-                            dstep *= sigmoid(raws[j])
-                        dbias_k += tl.where(inside, dstep, 0.0)
+                            dstep *= softplus_slope(raws[j], step, COARSE)
+                        else:
+                            dstep = tl.where(inside, dstep, 0.0)
+                        dbias_k += dstep
                         dD_k += dy * u_j
                         ddelta_t = (dstep,) + ddelta_t
                         du_t = (step * gB + D_k * dy,) + du_t
@@ -336,9 +352,6 @@ def scan_gradient_kernel(
 
                     if PAIRS:
                         store_pair_sums(partial_at, sums_t, tokens_t, visits_t, packed_l, N)
-                    visits = start + tl.arange(0, SEGMENT) < end
-                    if HOLES:
-                        visits = visits & (tokens >= 0)
                     mask = d_mask[None, :] & visits[:, None]
                     if BLOCK_N == 1:  # sums of all steps of a segment at once
                         dB_s = channel_sums(tile_of(of_Bs, SEGMENT), selector, MATRIX, COARSE)
