@@ -420,6 +420,13 @@ def test_dense_backbone_weights(tmp_path):
         assert torch.equal(backbone.model.blocks[2].mixer.A_log, classifier.blocks[2].mixer.A_log)
     with pytest.raises(ValueError, match=r"the weights in the checkpoint do not fit: .*of another shape"):
         DenseBackbone("vim_micro", checkpoint=classifier.state_dict(), **{**options, "embed_dim": 48})
+    grey = DenseBackbone("vim_micro", checkpoint=path, **options, in_chans=1)
+    image = torch.rand(1, 1, 16, 16)
+    torch.testing.assert_close(grey.eval()(image), loaded.eval()(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+    torch.save({"model": backbones.vim.VisionMamba(**COLUMN, in_chans=1).state_dict()}, path)
+    coloured = DenseBackbone("vim_micro", checkpoint=path, **options).eval()
+    grey = DenseBackbone("vim_micro", checkpoint=path, **options, in_chans=1).eval()
+    torch.testing.assert_close(grey(image), coloured(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="two sources of weights"):
         DenseBackbone("vim_nano.fashion_mnist", pretrained=True, checkpoint=path)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):

@@ -94,7 +94,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to a map (B, H // patch, W // patch, C)."""
-        return self.norm1(map_of(self.conv1, x))
+        return self.norm1(map_of(x, self.conv1))
 
 
 class ConvStem(nn.Module):
@@ -131,7 +131,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to a map (B, ceil(H / patch), ceil(W / patch), C)."""
-        x = F.gelu(self.norm1(map_of(self.conv1, x)))
+        x = F.gelu(self.norm1(map_of(x, self.conv1)))
         return self.norm2(on_images(self.conv2, x))
 
 

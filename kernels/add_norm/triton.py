@@ -205,7 +205,8 @@ def backward(
             HAS_GRAD_STREAM=grad_stream is not None, HAS_BIAS=bias_dtype is not None, HAS_SCALE=scale is not None,
             WRITES_UPDATE=update_dtype is not None, CENTERED=centered, STAGES=STAGES, **options,
         )  # fmt: skip
-    gradients = [d_stream, sums[0].sum(0).to(weight.dtype)]
+    sums = sums.sum(1)
+    gradients = [d_stream, sums[0].to(weight.dtype)]
     if d_update is not None:
         gradients.append(d_update)
-    return gradients if bias_dtype is None else [*gradients, sums[1].sum(0).to(bias_dtype)]
+    return gradients if bias_dtype is None else [*gradients, sums[1].to(bias_dtype, copy=True)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo.kernels.registration import path_length, without_autocast
 from zoo.kernels.selective_scan import cpu_loops as loops
-from zoo.kernels.selective_scan.op import new_in_order_of, num_chunks
+from zoo.kernels.selective_scan.op import new_in_order_of, num_chunks, room_for_states
 
 __all__ = ["backward", "forward"]
 
@@ -173,8 +173,10 @@ def forward(
     """Output (B, L, D), last state (B, K, D, N) and chunk-boundary states (B, K, chunks, N, D)."""
     complete = complete or paths is None
     new = torch.empty if complete else torch.zeros
-    chunks = num_chunks(path_length(u, paths)) if save_states else 0
-    states = new(u.shape[0], A.shape[0], chunks, A.shape[2], u.shape[3])
+    steps, (K, _, N) = path_length(u, paths), A.shape
+    room = room_for_states(steps, N, window) if save_states else 0
+    fills = complete and room <= num_chunks(steps)
+    states = (torch.empty if fills else torch.zeros)(u.shape[0], K, room, N, u.shape[3])
     call = _Call(u, delta, A, B, C, D, z, delta_bias, states, paths, reverse)
     out, last = new(call.batch, call.L, call.channels), call.states_of(initial_state)
     options = loops.Options(delta_softplus, window, complete, initial_state is None, save_states)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.registration import accumulate_dtype, path_length, without_autocast
-from zoo.kernels.selective_scan.op import CHUNK, num_chunks
+from zoo.kernels.selective_scan.op import CHUNK, num_chunks, room_for_states
 
 __all__ = ["backward", "forward"]
 
@@ -182,7 +182,7 @@ def forward(
     dtype = accumulate_dtype(u)
     batch, shared, L, channels = u.shape
     K, _, N = A.shape
-    chunks = num_chunks(path_length(u, paths)) if save_states else 0
+    chunks = room_for_states(path_length(u, paths), N, window) if save_states else 0
     merged = u.new_zeros(batch, L, channels, dtype=dtype)
     last_state = u.new_empty(batch, K, N, channels, dtype=dtype)
     states = u.new_zeros(batch, K, chunks, N, channels, dtype=dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.registration import accumulate_dtype, path_length, without_autocast
-from zoo.kernels.selective_scan.op import CHUNK, num_chunks
+from zoo.kernels.selective_scan.op import CHUNK, room_for_states
 
 __all__ = ["backward", "forward", "selective_scan_reference"]
 
@@ -60,7 +60,8 @@ def selective_scan_reference(
     K, L, channels_per_group = A.shape[0], u.shape[2], A.shape[1] // B.shape[3]
     merged = torch.zeros(u.shape[0], L, A.shape[1], dtype=dtype, device=u.device)
     last_states = []
-    states = torch.zeros(u.shape[0], K, num_chunks(path_length(u, paths)), *A.shape[1:], dtype=dtype, device=u.device)
+    room = room_for_states(path_length(u, paths), A.shape[2], window)
+    states = torch.zeros(u.shape[0], K, room, *A.shape[1:], dtype=dtype, device=u.device)
     for k in range(K):
         tokens = _walk(paths, k, L, reverse[k], u.device)
         u_k = _read(u[:, min(k, u.shape[1] - 1)], tokens, dtype)  # (B, P, D)

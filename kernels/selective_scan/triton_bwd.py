@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard, multiprocessors, runs_ptx
 from zoo.kernels.registration import accumulate_dtype, path_length
-from zoo.kernels.selective_scan.op import CHUNK, new_in_order_of, num_chunks, paths_first
+from zoo.kernels.selective_scan.op import chunk_length, new_in_order_of, num_chunks, paths_first
 from zoo.kernels.selective_scan.triton_common import (
     block_shape,
     offset_type,
@@ -34,7 +34,8 @@ from zoo.kernels.selective_scan.triton_sums import add_partials_kernel, add_path
 
 __all__ = ["backward"]
 
-RESIDENT_WARPS = 8  # of a multiprocessor: what the main kernel's registers leave room for
+# Warps of a multiprocessor that the main kernel's registers leave room for: with one state, and with more.
+RESIDENT_WARPS_OF_ONE, RESIDENT_WARPS = 12, 8
 
 
 def backward(
@@ -70,7 +71,8 @@ def backward(
     side = side_by_side(u, A, z, complete)
     launches, splits, region = plan_launches(u, A, groups, paths, window, side)
     blocks = ceil_div(channels // groups, block_d)
-    places = multiprocessors(u.device) * max(1, RESIDENT_WARPS // block["num_warps"])
+    resident = RESIDENT_WARPS_OF_ONE if N == window == 1 else RESIDENT_WARPS
+    places = multiprocessors(u.device) * max(1, resident // block["num_warps"])
     if splits == 1 and K == 1:
         splits, region = even_regions(batch * groups * blocks, places, steps)
     items = batch * splits * groups * blocks * (K if side else 1)
@@ -94,18 +96,18 @@ def backward(
     y_sum = new(batch, L, channels) if sum_y else None
     partial = new(blocks, batch, K, L, groups, 2, block_n)
     dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
-    dA = u.new_empty(batch, K, splits, N, channels, dtype=dtype)
-    dD = None if D is None else u.new_empty(batch, K, splits, channels, dtype=dtype)
-    dbias = None if delta_bias is None else u.new_empty(batch, K, splits, channels, dtype=dtype)
+    rows_of_totals = [N] + [1 for x in (D, delta_bias) if x is not None]  # dA, dD, dbias: added up in one go
+    totals = u.new_empty(batch, K, splits, sum(rows_of_totals), channels, dtype=dtype)
     dinitial = None if initial_state is None else u.new_empty(batch, K, N, channels, dtype=dtype)
-    segment = min(8 if window > 1 else CHUNK, max(2, 32 // block_n))  # steps whose states are in registers together
+    chunk = chunk_length(N, window)
+    segment = min(8 if window > 1 else chunk, max(2, 32 // block_n))  # steps whose states are in registers together
     # With windows two of every state are parked: in half as many bits, or of half as many steps at a time.
     half = window > 1 and u.dtype == delta.dtype == torch.bfloat16 and block_n > 1 and block["num_warps"] == 1
-    span = 8 if window > 1 and not half else CHUNK
-    parked = 0 if segment == CHUNK else (2 if window > 1 else 1) * span // segment * block_n * block_d
+    span = 8 if window > 1 and not half else chunk
+    parked = 0 if segment == chunk else (2 if window > 1 else 1) * span // segment * block_n * block_d
     parked_dtype = torch.bfloat16 if half else dtype
     lot = shared_lot(u.device, parked_dtype, parked)
-    matrix = dtype == torch.float32 and (segment if block_n == 1 else block_n) == 16  # see channel_sums
+    matrix = dtype == torch.float32 and (2 * segment if block_n == 1 else block_n) == 16  # see channel_sums
     scratch = None if lot or not parked else u.new_empty(programs, parked, dtype=parked_dtype)
 
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -143,10 +145,10 @@ def backward(
         for launch in launches:
             scan_gradient_kernel[(programs,)](
                 u, delta, A, packed, D, z, delta_bias, paths, lengths, states, grad_out, entering,
-                du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch,
+                du, ddelta, partial, totals, dz, dinitial, du_sum, y_sum, scratch,
                 L, steps, K, orders, launch.first, launch.stride, launch.count, channels, channels, channels // groups,
-                reverse_mask, num_chunks(steps), region, splits, batch, items, *u_strides, *strides,
-                CHUNK=CHUNK, SPAN=span, SEGMENT=segment, WINDOW=window, HAS_D=D is not None,
+                reverse_mask, num_chunks(steps, chunk), region, splits, batch, items, *u_strides, *strides,
+                CHUNK=chunk, SPAN=span, SEGMENT=segment, WINDOW=window, HAS_D=D is not None,
                 HAS_ENTERING=entering is not None,
                 HAS_DINITIAL=dinitial is not None, SPLIT=splits > 1, SIDE=side, SUM_U=sum_u, SUM_Y=sum_y,
                 COMPLETE=complete, LOT=lot, HALF=half, PTX=runs_ptx(u.device), MATRIX=matrix,
@@ -162,8 +164,11 @@ def backward(
         dz = grad_out.to(dtype) * y_sum * gate * (1 + z.to(dtype) * (1 - gate))
     if split_u:
         du = add_paths(du).unsqueeze(1)
-    dA = dA.sum((0, 2)).transpose(1, 2)
-    dD, dbias = (None if x is None else x.sum((0, 2)) for x in (dD, dbias))
+    dA, *others = totals.sum((0, 2)).split(rows_of_totals, dim=1)  # (K, rows, D)
+    dA = dA.transpose(1, 2)
+    others = [x.squeeze(1).clone() for x in others]  # outputs of an op must not share memory
+    dbias = None if delta_bias is None else others.pop()
+    dD = None if D is None else others.pop()
     dinitial = None if dinitial is None else dinitial.transpose(2, 3)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
     pairs = [(grad, x) for grad, x in zip(grads, given, strict=True) if x is not None]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard
 from zoo.kernels.registration import accumulate_dtype, path_length
-from zoo.kernels.selective_scan.op import CHUNK, num_chunks
+from zoo.kernels.selective_scan.op import chunk_length, num_chunks
 from zoo.kernels.selective_scan.triton_common import (
     PLAIN_NUMBERS,
     block_shape,
@@ -131,11 +131,6 @@ def scan_kernel(
 
         # The rows of the next tiles come into shared memory while this one is computed.
         for start in tl.range(begin, end, UNROLL, num_stages=STAGES):
-            if SAVE:
-                chunk = (start - begin) // CHUNK
-                if (start - begin) % CHUNK == 0:
-                    saved = (path * chunks + split * (region // CHUNK) + chunk) * N
-                    tl.store(states + saved * channels + cell, h, mask=state_mask)
             tokens = tokens_at(table, row, P, start, end, steps, backwards, UNROLL, HAS_TABLE, OFFSET)
             u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
             delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
@@ -164,6 +159,11 @@ def scan_kernel(
                     later = received + inputs_t[j][None, :] * B_j[:, None]
             y_t = ()
             for j in tl.static_range(UNROLL):
+                if SAVE and j % CHUNK == 0:
+                    done = start + j - begin
+                    if (done % CHUNK == 0) & (start + j < end):
+                        saved = (path * chunks + split * (region // CHUNK) + done // CHUNK) * N
+                        tl.store(states + saved * channels + cell, h, mask=state_mask)
                 u_j = u_t[j].to(ACC)
                 if WINDOW > 1:  # the compiler keeps the decays from above
                     step, input_j = sizes_t[j], inputs_t[j]
@@ -220,7 +220,8 @@ def forward(
     steps = path_length(u, paths)
     dtype = accumulate_dtype(u)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
-    chunks = num_chunks(steps) if save_states else 0
+    chunk = chunk_length(N, window)
+    chunks = num_chunks(steps, chunk) if save_states else 0
     complete = complete or paths is None
     side = side_by_side(u, A, z, complete)
     merge = (K > 1 or not complete) and not side
@@ -273,7 +274,7 @@ def forward(
                 u, delta, A, packed, D, z, delta_bias, entering, paths, lengths, out, merged, last_state, states,
                 L, steps, K, orders, launch.first, launch.stride, launch.count, channels, channels,
                 channels // groups, reverse_mask, chunks, region, splits, *u_strides, *delta.stride()[:3], *z_strides,
-                CHUNK=CHUNK, WINDOW=window, HAS_D=D is not None, HAS_Z=z is not None,
+                CHUNK=chunk, WINDOW=window, HAS_D=D is not None, HAS_Z=z is not None,
                 HAS_INITIAL=entering is not None, SPLIT=splits > 1, SIDE=side, MIRRORED=launch.mirrored,
                 SAVE=save_states, MERGE=merge, COMPLETE=complete, **common, **scan,
             )  # fmt: skip

@@ -54,7 +54,7 @@ def visits_of(tokens, step, end, STEPS: tl.constexpr, HOLES: tl.constexpr):
 @triton.jit(do_not_specialize=PLAIN_NUMBERS, do_not_specialize_on_alignment=["scratch"])
 def scan_gradient_kernel(
     u, delta, A, packed, D, z, bias, table, lengths, states, dout, entering,
-    du, ddelta, partial, dA, dD, dz, dbias, dinitial, du_sum, y_sum, scratch,
+    du, ddelta, partial, totals, dz, dinitial, du_sum, y_sum, scratch,
     L, P, K, orders, first, stride, count, channels, stride_N, group_channels, reverse_mask, chunks, region, splits,
     batch, items, u_b, u_k, u_l, delta_b, delta_k, delta_l, z_b, z_l, dout_b, dout_l,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
@@ -237,7 +237,12 @@ def scan_gradient_kernel(
                     delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
                     visits = visits_of(tokens, start, end, SEGMENT, HOLES)
                     dout_t = rows_of(tile_at(tokens, dout_at, dout_l, HOLES, visits[:, None]))
-                    BC_t = rows_of(tile_at(tokens, BC_at, packed_l, HOLES))
+                    if BLOCK_N == 1:  # every token twice, for a number to every lane
+                        twice = start + tl.arange(0, 2 * SEGMENT) % SEGMENT
+                        pairs = token_at(table, row, P, twice, end, steps, backwards, HAS_TABLE, OFFSET)
+                        BC_t = rows_of(tile_at(pairs, BC_at, packed_l, HOLES))
+                    else:
+                        BC_t = rows_of(tile_at(tokens, BC_at, packed_l, HOLES))
                     z_t = dout_t
                     if HAS_Z:
                         z_t = rows_of(tile_at(tokens, z_at, z_l, HOLES))
@@ -353,11 +358,13 @@ def scan_gradient_kernel(
                     if PAIRS:
                         store_pair_sums(partial_at, sums_t, tokens_t, visits_t, packed_l, N)
                     mask = d_mask[None, :] & visits[:, None]
-                    if BLOCK_N == 1:  # sums of all steps of a segment at once
-                        dB_s = channel_sums(tile_of(of_Bs, SEGMENT), selector, MATRIX, COARSE)
-                        dC_s = channel_sums(tile_of(of_Cs, SEGMENT), selector, MATRIX, COARSE)
-                        tl.store(partial_at + tokens * packed_l, dB_s, mask=visits)
-                        tl.store(partial_at + tokens * packed_l + 1, dC_s, mask=visits)
+                    if BLOCK_N == 1:  # dB and dC of all steps of a segment at once
+                        both = channel_sums(tile_of(of_Bs + of_Cs, 2 * SEGMENT), selector, MATRIX, COARSE)
+                        visited_pairs = twice < end
+                        if HOLES:
+                            visited_pairs = visited_pairs & (pairs >= 0)
+                        which = tl.arange(0, 2 * SEGMENT) // SEGMENT
+                        tl.store(partial_at + pairs * packed_l + which, both, mask=visited_pairs)
                     row_cells = tokens[:, None] * channels
                     ddelta_s = tile_of(ddelta_t, SEGMENT)
                     tl.store(ddelta_at[None, :] + row_cells, ddelta_s.to(ddelta.dtype.element_ty), mask=mask)
@@ -376,12 +383,12 @@ def scan_gradient_kernel(
                         dz_s = tile_of(dz_t, SEGMENT)
                         tl.store(dz_at[None, :] + row_cells, dz_s.to(dz.dtype.element_ty), mask=mask & finishes)
 
-            part = path * splits + split
-            tl.store(dA + part * N * channels + cell, dA_k, mask=state_mask)
+            totals_at = totals + (path * splits + split) * (N + HAS_D + HAS_BIAS) * channels
+            tl.store(totals_at + cell, dA_k, mask=state_mask)
             if HAS_DINITIAL and not SPLIT:
                 tl.store(dinitial + path * N * channels + cell, future, mask=state_mask)
             if HAS_D:
-                tl.store(dD + part * channels + d, dD_k, mask=d_mask)
+                tl.store(totals_at + N * channels + d, dD_k, mask=d_mask)
             if HAS_BIAS:
-                tl.store(dbias + part * channels + d, dbias_k, mask=d_mask)
+                tl.store(totals_at + (N + HAS_D) * channels + d, dbias_k, mask=d_mask)
             tl.debug_barrier()  # the next path adds to what this one has stored
