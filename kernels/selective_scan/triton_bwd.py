@@ -67,7 +67,7 @@ def backward(
     complete = complete or paths is None
     block = block_shape(N, channels // groups)
     block_n, block_d = block["BLOCK_N"], block["BLOCK_D"]
-    block["STAGES"] = 3
+    block["STAGES"] = 5 if N == window == 1 else 3
     side = side_by_side(u, A, z, complete)
     launches, splits, region = plan_launches(u, A, groups, paths, window, side)
     blocks = ceil_div(channels // groups, block_d)
