@@ -36,7 +36,7 @@ from zoo.backbones.layers.conv_norm import conv_norm, convolve, on_images
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.ss2d import SS2D, Paths, from_authors_name
-from zoo.backbones.layers.vss import PatchStem, Reduction, Stage, VSSBlock, VSSStage, make_reduction
+from zoo.backbones.layers.vss import PatchStem, Reduction, Stage, VSSBlock, VSSStage, fit_patches, make_reduction
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.memory import remember_tables
 from zoo.registry import build_model_with_cfg
@@ -294,7 +294,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     if first_layer is not None:
         prefix = first_layer.removesuffix("patch_embed.0.weight")
         state_dict = upstream_names_to_ours({n.removeprefix(prefix): t for n, t in state_dict.items()})
-    return fit_parts(state_dict, model)
+    return fit_parts(fit_patches(state_dict, model.stem), model)
 
 
 # The authors' names of layers, and ours.

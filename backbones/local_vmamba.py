@@ -32,7 +32,7 @@ from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.ss2d import Paths, SelectivePaths
-from zoo.backbones.layers.vss import PatchMerging, PatchStem, VSSBlock, VSSStage
+from zoo.backbones.layers.vss import PatchMerging, PatchStem, VSSBlock, VSSStage, fit_patches
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.local import check_direction
 from zoo.backbones.vmamba import convert_upstream
@@ -234,7 +234,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LocalVMamba) -> d
         State dict in this file's names.
     """
     state_dict = rename_attention(unwrap_checkpoint(state_dict))
-    return fit_parts(convert_upstream(state_dict, model), model)
+    return fit_parts(fit_patches(convert_upstream(state_dict, model), model.stem), model)
 
 
 def rename_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from zoo.backbones.layers.vss import (
     Stem,
     VSSBlock,
     VSSStage,
+    fit_patches,
     make_norm,
     make_reduction,
     make_stem,
@@ -232,7 +233,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VMamba) -> dict[s
     state_dict = convert_upstream(unwrap_checkpoint(state_dict), model)
     if "pos_embed" in state_dict and model.pos_embed is not None:
         state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model)
-    return fit_parts(state_dict, model)
+    return fit_parts(fit_patches(state_dict, model.stem), model)
 
 
 def convert_upstream(state_dict: Mapping[str, Tensor], model: HierarchicalBackbone) -> dict[str, Tensor]:

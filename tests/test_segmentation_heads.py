@@ -408,6 +408,16 @@ def test_dense_backbone_sources():
     torch.testing.assert_close(mixer(images)[2], added, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["efficient_vmamba_nano", "local_vmamba_nano"])
+def test_dense_backbone_resamples_patches(name):
+    """Weights for patches of 2 pixels see in a patch twice as large what they saw before."""
+    small = DenseBackbone(name, norm=False).eval()
+    large = DenseBackbone(name, norm=False, patch_size=4, checkpoint=small.model.state_dict()).eval()
+    patches = torch.rand(8, 3, 2, 2)
+    enlarged = F.interpolate(patches, scale_factor=2, mode="bicubic", antialias=True)
+    torch.testing.assert_close(large.model.stem(enlarged), small.model.stem(patches), rtol=1e-3, atol=1e-3)
+
+
 def test_dense_backbone_weights(tmp_path):
     """Of a classifier, tensors or a file; of a backbone of this class; what does not fit or is given twice."""
     classifier = backbones.vim.VisionMamba(**COLUMN, num_classes=7)

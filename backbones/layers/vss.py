@@ -4,11 +4,12 @@ Source: Liu et al., "VMamba: Visual State Space Model", arXiv 2401.10166, sectio
 (B, H, W, C).
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, resample_patch_embed
 from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ __all__ = [
     "Stem",
     "VSSBlock",
     "VSSStage",
+    "fit_patches",
     "make_norm",
     "make_reduction",
     "make_stem",
@@ -95,6 +97,15 @@ class PatchStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to a map (B, H // patch, W // patch, C)."""
         return self.norm1(map_of(x, self.conv1))
+
+
+def fit_patches(state_dict: Mapping[str, Tensor], stem: nn.Module) -> dict[str, Tensor]:
+    """Resamples the projection of patches in a model's weights if its stem is made for patches of another size."""
+    name = "stem.conv1.weight"
+    weight = state_dict.get(name)
+    if weight is None or not isinstance(stem, PatchStem) or weight.shape[-2:] == stem.conv1.kernel_size:
+        return dict(state_dict)
+    return {**state_dict, name: resample_patch_embed(weight, list(stem.conv1.kernel_size))}
 
 
 class ConvStem(nn.Module):
