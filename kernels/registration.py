@@ -54,7 +54,12 @@ def without_autocast(function: Callable) -> Callable:
 
 def implementation(op: str, device: torch.device) -> ModuleType:
     """The backend's module of an op, which offers ``forward`` and ``backward`` on canonical shapes."""
-    return importlib.import_module(f"zoo.kernels.{op}.{backend(device).name}")
+    return _module_of(op, backend(device).name)
+
+
+@functools.cache  # of every call on a GPU, finding a module that is loaded already would take 3 us
+def _module_of(op: str, backend_name: str) -> ModuleType:
+    return importlib.import_module(f"zoo.kernels.{op}.{backend_name}")
 
 
 def show(shape: tuple) -> str:

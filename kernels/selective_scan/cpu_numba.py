@@ -175,7 +175,7 @@ def forward(
     new = torch.empty if complete else torch.zeros
     steps, (K, _, N) = path_length(u, paths), A.shape
     room = room_for_states(steps, N, window) if save_states else 0
-    fills = complete and room <= num_chunks(steps)
+    fills = complete and room <= num_chunks(steps)  # what is left over stays zero
     states = (torch.empty if fills else torch.zeros)(u.shape[0], K, room, N, u.shape[3])
     call = _Call(u, delta, A, B, C, D, z, delta_bias, states, paths, reverse)
     out, last = new(call.batch, call.L, call.channels), call.states_of(initial_state)
