@@ -48,7 +48,7 @@ def in_order_of(x: Tensor, grad: Tensor) -> Tensor:
 def chunk_length(N: int, window: int) -> int:
     """Steps of a chunk in Triton: half as many where a channel has a single state, which costs little to save.
 
-    Its backward then has half as many numbers in registers, and twice as many warps fit.
+    Its backward then has half as many numbers in registers, and room for more warps.
     """
     return CHUNK // 2 if N == window == 1 else CHUNK
 

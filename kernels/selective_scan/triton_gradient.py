@@ -42,9 +42,9 @@ def gated(dout, z, HAS_Z: tl.constexpr):
 
 
 @triton.jit
-def visits_of(tokens, step, end, STEPS: tl.constexpr, HOLES: tl.constexpr):
-    """Which of the steps from ``step`` on visit a token, (STEPS,)."""
-    visits = step + tl.arange(0, STEPS) < end
+def visits_of(tokens, steps, end, HOLES: tl.constexpr):
+    """Which of some steps visit a token, given what ``token_at`` says of them."""
+    visits = steps < end
     if HOLES:
         visits = visits & (tokens >= 0)
     return visits
@@ -183,7 +183,7 @@ def scan_gradient_kernel(
                         delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
                         if WINDOW > 1:
                             BC_t = rows_of(tile_at(tokens, BC_at, packed_l, HOLES))
-                            visits = visits_of(tokens, start, end, UNROLL, HOLES)
+                            visits = visits_of(tokens, start + tl.arange(0, UNROLL), end, HOLES)
                             dout_t = rows_of(tile_at(tokens, dout_at, dout_l, HOLES, visits[:, None]))
                             z_t = dout_t
                             if HAS_Z:
@@ -235,7 +235,7 @@ def scan_gradient_kernel(
                         h = tl.load(saved_at + segment * N * channels, mask=state_mask, other=0.0)
                     u_t = rows_of(visited(tile_at(tokens, u_at, u_l, HOLES), tokens, HOLES))
                     delta_t = rows_of(visited(tile_at(tokens, delta_at, delta_l, HOLES), tokens, HOLES))
-                    visits = visits_of(tokens, start, end, SEGMENT, HOLES)
+                    visits = visits_of(tokens, start + tl.arange(0, SEGMENT), end, HOLES)
                     dout_t = rows_of(tile_at(tokens, dout_at, dout_l, HOLES, visits[:, None]))
                     if BLOCK_N == 1:  # every token twice, for a number to every lane
                         twice = start + tl.arange(0, 2 * SEGMENT) % SEGMENT
@@ -360,11 +360,9 @@ def scan_gradient_kernel(
                     mask = d_mask[None, :] & visits[:, None]
                     if BLOCK_N == 1:  # dB and dC of all steps of a segment at once
                         both = channel_sums(tile_of(of_Bs + of_Cs, 2 * SEGMENT), selector, MATRIX, COARSE)
-                        visited_pairs = twice < end
-                        if HOLES:
-                            visited_pairs = visited_pairs & (pairs >= 0)
                         which = tl.arange(0, 2 * SEGMENT) // SEGMENT
-                        tl.store(partial_at + pairs * packed_l + which, both, mask=visited_pairs)
+                        slots = partial_at + pairs * packed_l + which
+                        tl.store(slots, both, mask=visits_of(pairs, twice, end, HOLES))
                     row_cells = tokens[:, None] * channels
                     ddelta_s = tile_of(ddelta_t, SEGMENT)
                     tl.store(ddelta_at[None, :] + row_cells, ddelta_s.to(ddelta.dtype.element_ty), mask=mask)
