@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
+from zoo.backbones.layers.conv_norm import map_of
 from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
@@ -173,8 +174,7 @@ class Stem(nn.Sequential):
         super().__init__(*layers, *conv(dim, dim, 1)[:2])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # and so are all maps then
-        return super().forward(x).permute(0, 2, 3, 1).contiguous()
+        return map_of(x, super().forward).contiguous()
 
 
 @register_notrace_module

@@ -1,5 +1,7 @@
 """Convolution, batch norm and activation of channels-last maps: one step where the norm is fixed."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
@@ -21,8 +23,8 @@ def on_images(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def map_of(images: Tensor, conv: nn.Module) -> Tensor:
-    """Convolves images (B, C, H, W); returns a map (B, H', W', D).
+def map_of(images: Tensor, conv: Callable[[Tensor], Tensor]) -> Tensor:
+    """Convolves images (B, C, H, W), by one layer or several; returns a map (B, H', W', D).
 
     The images become channels-last before: of others a convolution makes a channels-first map, many times as large,
     which what follows would have to copy, and its gradient too.
@@ -75,7 +77,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Acti
     return y if isinstance(norm, BatchNormAct2d) else activate(y, activation)
 
 
-def _is_plain(conv: nn.Module) -> bool:
+def _is_plain(conv: Callable[[Tensor], Tensor]) -> bool:
     """Whether weights say all there is: adapters that stand for a convolution have to be called."""
     return type(conv) is nn.Conv2d
 

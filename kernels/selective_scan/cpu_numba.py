@@ -175,8 +175,8 @@ def forward(
     new = torch.empty if complete else torch.zeros
     steps, (K, _, N) = path_length(u, paths), A.shape
     room = room_for_states(steps, N, window) if save_states else 0
-    fills = complete and room <= num_chunks(steps)  # what is left over stays zero
-    states = (torch.empty if fills else torch.zeros)(u.shape[0], K, room, N, u.shape[3])
+    filled = room <= num_chunks(steps)  # else what is left over stays zero
+    states = (new if filled else torch.zeros)(u.shape[0], K, room, N, u.shape[3])
     call = _Call(u, delta, A, B, C, D, z, delta_bias, states, paths, reverse)
     out, last = new(call.batch, call.L, call.channels), call.states_of(initial_state)
     options = loops.Options(delta_softplus, window, complete, initial_state is None, save_states)

@@ -34,8 +34,8 @@ from zoo.kernels.selective_scan.triton_sums import add_partials_kernel, add_path
 
 __all__ = ["backward"]
 
-# Warps of a multiprocessor that the main kernel's registers leave room for: with one state, and with more.
-RESIDENT_WARPS_OF_ONE, RESIDENT_WARPS = 12, 8
+RESIDENT_WARPS = 8  # of a multiprocessor: what the main kernel's registers leave room for
+RESIDENT_WARPS_SIDE_BY_SIDE = 12  # the same with one state and a program for every path: nothing is added up there
 
 
 def backward(
@@ -67,11 +67,12 @@ def backward(
     complete = complete or paths is None
     block = block_shape(N, channels // groups)
     block_n, block_d = block["BLOCK_N"], block["BLOCK_D"]
-    block["STAGES"] = 5 if N == window == 1 else 3
+    single = N == window == 1
+    block["STAGES"] = 5 if single else 3
     side = side_by_side(u, A, z, complete)
     launches, splits, region = plan_launches(u, A, groups, paths, window, side)
     blocks = ceil_div(channels // groups, block_d)
-    resident = RESIDENT_WARPS_OF_ONE if N == window == 1 else RESIDENT_WARPS
+    resident = RESIDENT_WARPS_SIDE_BY_SIDE if single and side else RESIDENT_WARPS
     places = multiprocessors(u.device) * max(1, resident // block["num_warps"])
     if splits == 1 and K == 1:
         splits, region = even_regions(batch * groups * blocks, places, steps)

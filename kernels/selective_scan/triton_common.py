@@ -31,6 +31,7 @@ __all__ = [
     "token_at",
     "tokens_at",
     "visited",
+    "visits_of",
 ]
 
 # Arguments whose value shall not make Triton compile a kernel anew, as it does for 1 and for multiples of 16: lengths,
@@ -140,6 +141,15 @@ def visited(tile, tokens, HOLES: tl.constexpr):
     if HOLES:
         tile = tl.where((tokens >= 0)[:, None], tile, 0.0)
     return tile
+
+
+@triton.jit
+def visits_of(tokens, steps, end, HOLES: tl.constexpr):
+    """Which of some steps visit a token, given what ``token_at`` says of them."""
+    visits = steps < end
+    if HOLES:
+        visits = visits & (tokens >= 0)
+    return visits
 
 
 @triton.jit

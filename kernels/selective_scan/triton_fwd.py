@@ -32,6 +32,7 @@ from zoo.kernels.selective_scan.triton_common import (
     tile_of,
     tokens_at,
     visited,
+    visits_of,
 )
 from zoo.kernels.selective_scan.triton_regions import carry_kernel, plan_launches, region_state_kernel, side_by_side
 from zoo.kernels.selective_scan.triton_sums import add_paths
@@ -178,9 +179,8 @@ def scan_kernel(
                 y_t = y_t + (y,)
 
             y = tile_of(y_t, UNROLL)
-            mask = d_mask[None, :] & (start + tl.arange(0, UNROLL) < end)[:, None]
-            if HOLES:
-                mask = mask & (tokens >= 0)[:, None]
+            visits = visits_of(tokens, start + tl.arange(0, UNROLL), end, HOLES)
+            mask = d_mask[None, :] & visits[:, None]
             if MERGE:
                 merged_to = merged_at[None, :] + tokens[:, None] * channels
                 y += tl.where(adds, tile_at(tokens, merged_at, channels, HOLES), 0.0)

@@ -25,6 +25,7 @@ from zoo.kernels.selective_scan.triton_common import (
     token_at,
     tokens_at,
     visited,
+    visits_of,
 )
 from zoo.kernels.selective_scan.triton_parking import fetch_ahead, lot_of, park, unpark
 from zoo.kernels.selective_scan.triton_sums import channel_sums, pair_selector, quad_sums, store_pair_sums
@@ -39,15 +40,6 @@ def gated(dout, z, HAS_Z: tl.constexpr):
     if HAS_Z:
         dout = dout * z * sigmoid(z)
     return dout
-
-
-@triton.jit
-def visits_of(tokens, steps, end, HOLES: tl.constexpr):
-    """Which of some steps visit a token, given what ``token_at`` says of them."""
-    visits = steps < end
-    if HOLES:
-        visits = visits & (tokens >= 0)
-    return visits
 
 
 # Hiding the alignment of `scratch` keeps one channel to a lane, like `stride_N` does, with offsets known beforehand.
@@ -340,9 +332,7 @@ def scan_gradient_kernel(
                             of_Cs = (tl.reshape(of_C, (BLOCK_D,)),) + of_Cs
                         else:
                             token = token_at(table, row, P, start + j, end, steps, backwards, HAS_TABLE, OFFSET)
-                            visits_j = inside
-                            if HOLES:
-                                visits_j = visits_j & (token >= 0)
+                            visits_j = visits_of(token, start + j, end, HOLES)
                             if PAIRS:
                                 tokens_t = (token,) + tokens_t
                                 visits_t = (visits_j,) + visits_t
