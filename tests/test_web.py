@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import json
 import os
 import re
@@ -248,7 +249,9 @@ def chromium():
     if CHROMIUM is None:
         pytest.skip("needs Chromium, for example Debian's package chromium")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        # What is done just when gradio ends its stream of replies, all having arrived, is answered by its next stream
+        # alone, so nothing is done at once.
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], slow_mo=0.5 * SECONDS)
         yield browser
         browser.close()
 
@@ -291,6 +294,13 @@ def ask(panel, question):
     panel.get_by_role("textbox", name="Question").press("Enter")
 
 
+def ask_and_wait(page, panel, question):
+    """Asks; returns once the whole answer is shown."""
+    joined = itertools.count(1)  # by the question, then by what is shown at the end of its answer
+    with page.expect_response(lambda response: "queue/join" in response.url and next(joined) == 2):
+        ask(panel, question)
+
+
 def said(panel, text):
     """What the chat shows under exactly this text."""
     return panel.get_by_role("log").get_by_text(text, exact=True)
@@ -330,14 +340,14 @@ class TestBrowser:
         panel = tab(page, "Ask")
         send(panel, images / "dark.png")
         for question, answer in KNOWN[DARK]:
-            ask(panel, question)
+            ask_and_wait(page, panel, question)
             said(panel, answer).wait_for()
         panel.get_by_role("button", name="Start again").click()
         (question, answer), _ = KNOWN[DARK]
         said(panel, answer).wait_for(state="detached")
-        ask(panel, question)
+        ask_and_wait(page, panel, question)
         said(panel, answer).wait_for()
-        ask(panel, "<img src='/x'> & **bold** $$x^2$$")
+        ask_and_wait(page, panel, "<img src='/x'> & **bold** $$x^2$$")
         said(panel, "<img src='/x'> & **bold** $$x^2$$").wait_for()  # text, not markup
         panel.get_by_role("button", name="Remove Image").click()
         said(panel, answer).wait_for(state="detached")
@@ -424,15 +434,16 @@ class TestBrowser:
 
     @pytest.mark.slow
     def test_conversations_of_two_visitors(self, visit, images):
-        panels_of = []
+        visitors = []
         for color in ("dark", "bright"):
-            panel = tab(visit(), "Ask")
+            page = visit()
+            panel = tab(page, "Ask")
             send(panel, images / f"{color}.png")
-            panels_of.append(panel)
+            visitors.append((page, panel))
         for turn in range(2):
-            for panel, color in zip(panels_of, (DARK, BRIGHT), strict=True):
+            for (page, panel), color in zip(visitors, (DARK, BRIGHT), strict=True):
                 question, answer = KNOWN[color][turn]
-                ask(panel, question)
+                ask_and_wait(page, panel, question)
                 said(panel, answer).wait_for()
 
     def test_bad_files_are_told(self, visit, images):
