@@ -233,7 +233,7 @@ def _keep_for_maps(ctx, inputs, output):
 
 def _gradients_of_maps(ctx, grad):
     q, k, bias, maps = ctx.saved_tensors
-    grads = torch.ops.zoo.neighborhood_maps_backward(grad, maps, q, k, bias, ctx.kernel_size, ctx.dilation)
+    grads = _maps_backward(grad, maps, q, k, bias, ctx.kernel_size, ctx.dilation)
     return grads[0], grads[1], None if bias is None else grads[2], None, None, None
 
 
@@ -289,7 +289,7 @@ def _keep_for_aggregate(ctx, inputs, output):
 
 def _gradients_of_aggregate(ctx, grad):
     maps, values = ctx.saved_tensors
-    grads = torch.ops.zoo.neighborhood_aggregate_backward(grad, maps, values, ctx.kernel_size, ctx.dilation)
+    grads = _aggregate_backward(grad, maps, values, ctx.kernel_size, ctx.dilation)
     return *grads, None, None
 
 
@@ -362,7 +362,7 @@ def neighborhood_scores(
     """
     dilation = to_2tuple(dilation)
     _check_maps_inputs(q, k, kernel_size, dilation, bias)
-    return torch.ops.zoo.neighborhood_maps(q, k, bias, kernel_size, list(dilation), False)
+    return _maps(q, k, bias, kernel_size, list(dilation), False)
 
 
 @torch.fx.wrap
@@ -373,7 +373,7 @@ def neighborhood_maps(
     """Softmax of :func:`neighborhood_scores`, of which nothing but the result is kept."""
     dilation = to_2tuple(dilation)
     _check_maps_inputs(q, k, kernel_size, dilation, bias)
-    return torch.ops.zoo.neighborhood_maps(q, k, bias, kernel_size, list(dilation), True)
+    return _maps(q, k, bias, kernel_size, list(dilation), True)
 
 
 @torch.fx.wrap
@@ -400,4 +400,4 @@ def neighborhood_aggregate(maps: Tensor, values: Tensor, kernel_size: int, dilat
             f"maps must have shape (B, n, H, W, K^2) = {(B, n, H, W, kernel_size**2)}, got {tuple(maps.shape)}"
         )
     _check_window((H, W), kernel_size, dilation)
-    return torch.ops.zoo.neighborhood_aggregate(maps, values, kernel_size, list(dilation))
+    return _aggregate(maps, values, kernel_size, list(dilation))

@@ -17,7 +17,7 @@ float32 (float64 for float64), and the centred rows are what is squared: no digi
 import torch
 from torch import Tensor
 
-from zoo.kernels.add_norm.op import MAX_NORM_CHANNELS  # and torch.ops.zoo.add_norm is registered
+from zoo.kernels.add_norm.op import MAX_NORM_CHANNELS, add_norm_op
 
 __all__ = ["MAX_NORM_CHANNELS", "add_layer_norm", "add_rms_norm"]
 
@@ -92,5 +92,5 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor]:
     if scale is not None and scale.requires_grad:
         raise ValueError("add_norm: scale requires a gradient, which is not computed; pass scale.detach()")
-    outputs = torch.ops.zoo.add_norm(stream, update, weight, bias, scale, eps, dtype, centered)
+    outputs = add_norm_op(stream, update, weight, bias, scale, eps, dtype, centered)
     return outputs[0], stream if update is None else outputs[1]

@@ -138,7 +138,7 @@ def _backward(ctx, grads):
     # An update that was added as it is, in the stream's dtype, has the stream's gradient.
     same = scale is None and ctx.update_dtype == ctx.stream_dtype
     dtypes = ctx.stream_dtype, None if same else ctx.update_dtype, ctx.bias_dtype
-    d_stream, d_weight, *rest = torch.ops.zoo.add_norm_backward(
+    d_stream, d_weight, *rest = add_norm_backward_op(
         grad_normed, grad_stream, stream, weight, scale, ctx.eps, ctx.centered, *dtypes
     )
     d_bias = None if ctx.bias_dtype is None else rest.pop()

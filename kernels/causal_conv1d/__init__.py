@@ -11,10 +11,9 @@ convolving and flipping back, but nothing is flipped in memory. Sums are float32
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from zoo.kernels.causal_conv1d import op  # noqa: F401  (registers torch.ops.zoo.causal_conv1d)
+from zoo.kernels.causal_conv1d.op import causal_conv1d_op
 
 __all__ = ["causal_conv1d"]
 
@@ -54,5 +53,5 @@ def causal_conv1d(
     if x.dim() == 3:
         x = x.unsqueeze(1)
     reverse = [int(reverse)] * weight.shape[0] if isinstance(reverse, bool) else list(map(int, reverse))
-    out = torch.ops.zoo.causal_conv1d(x, weight, bias, activation == "silu", reverse)  # (K, B, L, D)
+    out = causal_conv1d_op(x, weight, bias, activation == "silu", reverse)  # (K, B, L, D)
     return out.transpose(0, 1) if several else out.squeeze(0)

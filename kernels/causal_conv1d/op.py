@@ -81,7 +81,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     x, weight, bias = ctx.saved_tensors
-    gradients = torch.ops.zoo.causal_conv1d_backward(grad_out, x, weight, bias, ctx.silu, ctx.reverse)
+    gradients = causal_conv1d_backward_op(grad_out, x, weight, bias, ctx.silu, ctx.reverse)
     d_bias = None if bias is None else gradients[2]
     return gradients[0], gradients[1], d_bias, None, None
 

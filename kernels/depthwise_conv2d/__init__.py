@@ -9,12 +9,11 @@ It precedes the scan in VMamba's blocks (Liu et al., arXiv 2401.10166, section 4
 Sums and activations are float32 (float64 for float64 inputs).
 """
 
-import torch
 from torch import Tensor
 
 from zoo.kernels.depthwise_conv2d.cpu import activate
 from zoo.kernels.depthwise_conv2d.op import KERNELS as DEPTHWISE_KERNELS
-from zoo.kernels.depthwise_conv2d.op import Activation
+from zoo.kernels.depthwise_conv2d.op import Activation, depthwise_conv2d_op
 
 __all__ = ["DEPTHWISE_KERNELS", "Activation", "activate", "depthwise_conv2d"]
 
@@ -40,4 +39,4 @@ def depthwise_conv2d(
     """
     if weight.dim() == 4 and weight.shape[1] == 1:
         weight = weight.squeeze(1)
-    return torch.ops.zoo.depthwise_conv2d(x, weight, bias, activation)
+    return depthwise_conv2d_op(x, weight, bias, activation)

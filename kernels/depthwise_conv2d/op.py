@@ -69,7 +69,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     x, weight, bias = ctx.saved_tensors
-    gradients = torch.ops.zoo.depthwise_conv2d_backward(grad_out, x, weight, bias, ctx.activation)
+    gradients = depthwise_conv2d_backward_op(grad_out, x, weight, bias, ctx.activation)
     return *gradients, *[None] * (4 - len(gradients))
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zoo.kernels.selective_scan import op  # also registers torch.ops.zoo.selective_scan
+from zoo.kernels.selective_scan import op
 
 __all__ = ["LARGEST_WINDOW", "selective_scan", "selective_scan_fn"]
 
@@ -111,9 +111,7 @@ def selective_scan(
     reverse = [int(reverse)] * A.shape[0] if isinstance(reverse, bool) else list(map(int, reverse))
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out, last_state, _ = torch.ops.zoo.selective_scan(
-        *inputs, paths, delta_softplus, reverse, window, complete, needs_grad
-    )
+    out, last_state, _ = op.selective_scan_op(*inputs, paths, delta_softplus, reverse, window, complete, needs_grad)
     if not return_last_state:
         return out
     return out, (last_state if several else last_state.squeeze(1))

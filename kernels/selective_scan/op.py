@@ -254,7 +254,7 @@ def _backward(ctx, grad_out, grad_last_state, _):
     states, u, *rest = ctx.saved_tensors
     if grad_out is None:
         grad_out = u.new_zeros(u.shape[0], u.shape[2], u.shape[3])
-    grads = torch.ops.zoo.selective_scan_backward(grad_out, grad_last_state, states, u, *rest, *ctx.options)
+    grads = selective_scan_backward_op(grad_out, grad_last_state, states, u, *rest, *ctx.options)
     remaining = iter(grads)
     inputs = (u, *rest[:-1])  # all but paths
     return (*[None if x is None else next(remaining) for x in inputs], *[None] * 6)

@@ -19,10 +19,9 @@ Activations are channels-last. States, decays and sums are float32 whatever the 
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from zoo.kernels.ssd import op  # noqa: F401  (registers torch.ops.zoo.ssd)
+from zoo.kernels.ssd.op import ssd_op
 
 __all__ = ["ssd"]
 
@@ -94,7 +93,7 @@ def ssd(
     B, C = (t.unsqueeze(3) if t.dim() == 4 else t for t in (B, C))
     paths = paths.unsqueeze(0) if paths is not None and paths.dim() == 1 else paths
     reverse = [int(reverse)] * dt.shape[1] if isinstance(reverse, bool) else list(map(int, reverse))
-    out, last_state = torch.ops.zoo.ssd(x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse)
+    out, last_state = ssd_op(x, dt, A, B, C, D, dt_bias, initial_state, paths, dt_softplus, reverse)
     if not return_last_state:
         return out
     return out, (last_state if several else last_state.squeeze(1))

@@ -140,7 +140,7 @@ def _backward(ctx, grad_out, grad_last_state):
     x, *rest = ctx.saved_tensors
     if grad_out is None:
         grad_out = x.new_zeros(x.shape[0], *x.shape[2:])
-    grads = torch.ops.zoo.ssd_backward(grad_out, grad_last_state, x, *rest, ctx.dt_softplus, ctx.reverse)
+    grads = ssd_backward_op(grad_out, grad_last_state, x, *rest, ctx.dt_softplus, ctx.reverse)
     remaining = iter(grads)
     inputs = (x, *rest[:-1])  # all but paths
     return (*[None if t is None else next(remaining) for t in inputs], None, None, None)
