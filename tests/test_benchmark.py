@@ -9,13 +9,14 @@ import torch
 
 from zoo.kernels import selective_scan
 from zoo.tools import benchmark
-from zoo.tools.benchmarks import add_norm, cross_scan, ops, ssd
+from zoo.tools.benchmarks import add_norm, cross_scan, ops, projected_scan, ssd
 from zoo.tools.benchmarks import selective_scan as selective_scans
 from zoo.tools.benchmarks.measure import Machine, host_milliseconds, measure, peer, plan_calls
 from zoo.tools.benchmarks.section import Implementation, run_sections
 
 SCAN = selective_scans.Shape("tiny scan", 2, 3, 5, 2)
 CROSS = cross_scan.Shape("tiny grid", 2, 4, 3, 2, 5, 1)
+PROJECTED = projected_scan.Shape("tiny tokens", 2, 5, 3, 2, 1)
 HEADS = ssd.Shape("tiny heads", 2, 5, 3, 4, 2)
 ROWS = (add_norm.Shape("tiny rows", 5, 3, centered=False), add_norm.Shape("tiny centred rows", 5, 3, centered=True))
 SECTIONS = (
@@ -23,6 +24,7 @@ SECTIONS = (
     cross_scan.CrossScan((CROSS,), (CROSS,)),
     ssd.SSD((HEADS,), (HEADS,)),
     add_norm.AddNorm(ROWS, ROWS),
+    projected_scan.ProjectedScan((PROJECTED,), (PROJECTED,)),
 )
 CPU = Machine("cpu", torch.float32, 0.001)
 
@@ -56,6 +58,8 @@ def test_ops_writes_all_sections(tiny_sections, tmp_path, capsys):
         ("selective_scan", "step recurrence"),
         ("cross_scan", "zoo fused"),
         ("cross_scan", "unfused: gather, zoo scan, scatter"),
+        ("projected_scan", "zoo"),
+        ("projected_scan", "one after the other"),
         ("ssd", "zoo"),
         ("ssd", "step recurrence"),
         ("add_norm", "zoo"),
@@ -117,6 +121,13 @@ def test_add_and_norm_is_the_same_in_steps(device, shape):
     torch.testing.assert_close(ours, steps)
 
 
+def test_projected_scan_is_the_same_one_after_the_other(device):
+    section = projected_scan.ProjectedScan()
+    inputs = section.inputs(PROJECTED, device, torch.float32)
+    one, other = (way.function(**inputs) for way in section.implementations(device.type).values())
+    torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("size", [(2, 5), (5, 2), (1, 7)])
 def test_cross_scan_is_the_same_fused_or_not(device, size):
     section = cross_scan.CrossScan()
@@ -152,6 +163,17 @@ def test_cross_scan_is_the_same_fused_or_not(device, size):
         (SECTIONS[2], HEADS, dict(dram_forward=(240 + 30 + 40) * 2, dram_backward=(360 + 60 + 80) * 2)),
         # 5 * 3 = 15 elements of two tensors of 4 bytes and two of 2; backward of three and two
         (SECTIONS[3], ROWS[0], dict(dram_forward=15 * 12, dram_backward=15 * 16)),
+        # 2 * 9 * 5 = 90 elements of two bytes, and steps of four paths
+        (
+            SECTIONS[4],
+            PROJECTED,
+            dict(
+                dram_forward=2 * 180,
+                dram_backward=3 * 180,
+                dram_steps_forward=10 * 180,
+                dram_steps_backward=15 * 180,
+            ),
+        ),
     ],
 )
 def test_floors_by_hand(section, shape, expected):
@@ -175,7 +197,7 @@ def test_errors_of_16_bits_come_with_those_of_float32():
 
 
 def test_peers_have_rows_where_they_are_installed():
-    scan, _, heads, rows = SECTIONS
+    scan, _, heads, rows, _ = SECTIONS
     mamba_scan = peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
     mamba_ssd = peer("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
     assert ("mamba_ssm" in scan.implementations("cuda")) == (mamba_scan is not None)

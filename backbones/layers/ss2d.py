@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.backbones.layers.autocast import autocast_dtype
 from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.layers.stacked_linear import project_steps
 from zoo.backbones.scans import scan_paths
-from zoo.kernels import selective_scan, ssd
+from zoo.kernels import projected_scan, selective_scan, ssd
 
 __all__ = [
     "SS2D",
@@ -162,7 +163,18 @@ class SelectivePaths(nn.Module):
         self, u: Tensor, table: Tensor | None = None, reverse: tuple[bool, ...] = (False,), complete: bool = False
     ) -> Tensor:
         """Tokens (B, L, E) to the sum of all paths (B, L, E)."""
-        return self.walk(u, self.project(u), table, reverse, complete)
+        if not self._learns_in_one(u):
+            return self.walk(u, self.project(u), table, reverse, complete)
+        A, dtype = negative_exp(self.A_log), autocast_dtype(u.device.type, u.dtype)
+        return projected_scan(
+            u, self.x_proj_weight, self.dt_proj_weight, A, self.D, self.dt_bias, dtype=dtype, paths=table,
+            reverse=reverse, window=self.lb_window, complete=complete,
+        )  # fmt: skip
+
+    def _learns_in_one(self, u: Tensor) -> bool:
+        """Whether gradients are needed, of numbers that need no widening, and of a call that is not taken apart."""
+        taken_apart = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return torch.is_grad_enabled() and u.dtype != torch.float16 and not taken_apart
 
 
 class SSDPaths(nn.Module):

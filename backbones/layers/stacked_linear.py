@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.backbones.layers.autocast import autocast_dtype
+from zoo.kernels import dt_projection_backward, pad_projections, split_rows
 
 __all__ = ["project_steps", "stacked_linear"]
-
-ALIGNED = 8  # 16-bit numbers in the 16 bytes that tensor cores' kernels read at a time
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -49,29 +48,15 @@ class _Steps(torch.autograd.Function):
     def forward(ctx, rows: Tensor, weight: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(rows, weight)
         ctx.states = states
-        dt, B, C = _split(rows, weight.shape[2], states)
+        dt, B, C = split_rows(rows, weight.shape[2], states)
         return torch.bmm(dt.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, rows.shape[1:3]), B, C
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_steps: Tensor, of_B: Tensor, of_C: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
-        d_rows, d_weight, rank = torch.empty_like(rows), None, weight.shape[2]
-        of_steps = of_steps.flatten(1, 2)
-        torch.bmm(of_steps, weight, out=d_rows[..., :rank].flatten(1, 2))
-        others, unused = [of_B, of_C], rows.shape[3] - rank - 2 * ctx.states
-        if unused:
-            others.append(d_rows.new_zeros(()).expand(*rows.shape[:3], unused))
-        d_rows[..., rank:].copy_(torch.cat(others, dim=-1))
-        if ctx.needs_input_grad[1]:
-            d_weight = _weight_gradient(of_steps, rows[..., :rank].flatten(1, 2))
-        return d_rows, d_weight, None
-
-
-def _split(rows: Tensor, rank: int, states: int) -> tuple[Tensor, Tensor, Tensor]:
-    unused = rows.shape[-1] - rank - 2 * states
-    dt, B, C, *_ = rows.split([rank, states, states, *[unused] * (unused > 0)], dim=-1)
-    return dt, B, C
+        d_rows, d_weight = dt_projection_backward(*(x.transpose(0, 1) for x in (of_steps, of_B, of_C, rows)), weight)
+        return d_rows.transpose(0, 1), d_weight, None
 
 
 @torch.fx.wrap
@@ -102,8 +87,7 @@ def project_steps(u: Tensor, x_weight: Tensor, dt_weight: Tensor) -> tuple[Tenso
         delta (S, B, L, E), B and C (S, B, L, N), the latter two as views.
     """
     states = (x_weight.shape[1] - dt_weight.shape[2]) // 2
-    if _prefers_aligned(u):
-        x_weight, dt_weight = _align(x_weight, dt_weight)
+    x_weight, dt_weight = pad_projections(x_weight, dt_weight, u.dtype)
     rank, sets = dt_weight.shape[2], len(x_weight)
     if len(u) < sets:
         rows = F.linear(u.flatten(0, 2), x_weight.flatten(0, 1)).unflatten(1, (sets, -1))  # (B * L, S, ...)
@@ -111,27 +95,7 @@ def project_steps(u: Tensor, x_weight: Tensor, dt_weight: Tensor) -> tuple[Tenso
     else:
         projected = stacked_linear(u, x_weight)
     if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        dt, B, C = _split(projected, rank, states)
+        dt, B, C = split_rows(projected, rank, states)
         return stacked_linear(dt, dt_weight), B, C
     dtype = autocast_dtype(projected.device.type, projected.dtype) or projected.dtype
     return _Steps.apply(projected.to(dtype), dt_weight.to(dtype), states)
-
-
-def _prefers_aligned(u: Tensor) -> bool:
-    return u.is_cuda and u.dtype in (torch.bfloat16, torch.float16)
-
-
-def _align(x_weight: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Pads the low rank, and the rows of every set, with zeros to multiples of 8.
-
-    Otherwise products of 16-bit numbers fall back to kernels of old chips, which take two to four times as long.
-    """
-    sets, rank = len(x_weight), dt_weight.shape[2]
-    extra = -rank % ALIGNED
-    last = -(x_weight.shape[1] + extra) % ALIGNED
-    if not extra and not last:
-        return x_weight, dt_weight
-    of_steps, of_states = x_weight.split([rank, x_weight.shape[1] - rank], dim=1)
-    zeros = x_weight.new_zeros(sets, max(extra, last), x_weight.shape[2])
-    x_weight = torch.cat([of_steps, zeros[:, :extra], of_states, zeros[:, :last]], dim=1)
-    return x_weight, F.pad(dt_weight, (0, extra))

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.selective_scan import op
+from zoo.kernels.selective_scan.projected import projected_scan
 
-__all__ = ["LARGEST_WINDOW", "selective_scan", "selective_scan_fn"]
+__all__ = ["LARGEST_WINDOW", "projected_scan", "selective_scan", "selective_scan_fn"]
 
 LARGEST_WINDOW = op.CHUNK  # steps; a window lies in one of the chunks that a scan works through
 

@@ -11,14 +11,18 @@ from zoo.tools.benchmarks.add_norm import AddNorm
 from zoo.tools.benchmarks.cross_scan import CrossScan
 from zoo.tools.benchmarks.depthwise_conv2d import DepthwiseConv2d
 from zoo.tools.benchmarks.measure import Machine
+from zoo.tools.benchmarks.projected_scan import ProjectedScan
 from zoo.tools.benchmarks.section import run_sections
 from zoo.tools.benchmarks.selective_scan import SelectiveScan
 from zoo.tools.benchmarks.ssd import SSD
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "the kernels: selective scan, cross scan, SSD, add and norm, depth-wise convolution"
-SECTIONS = {section.name: section for section in (SelectiveScan(), CrossScan(), SSD(), AddNorm(), DepthwiseConv2d())}
+HELP = "the kernels: selective scan, cross scan with and without projections, SSD, add and norm, depth-wise convolution"
+SECTIONS = {
+    section.name: section
+    for section in (SelectiveScan(), CrossScan(), ProjectedScan(), SSD(), AddNorm(), DepthwiseConv2d())
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
