@@ -210,4 +210,5 @@ def test_layers_take_it_where_gradients_are_needed(monkeypatch):
         torch.testing.assert_close(layer(u, reverse=(False, True)), learning)
     exported = torch.export.export(layer, (u,), {"reverse": (False, True)}).module()
     torch.testing.assert_close(exported(u, reverse=(False, True)), learning)
+    torch.testing.assert_close(layer.requires_grad_(False)(u, reverse=(False, True)), learning)
     assert len(calls) == 1

@@ -173,8 +173,9 @@ class SelectivePaths(nn.Module):
 
     def _learns_in_one(self, u: Tensor) -> bool:
         """Whether gradients are needed, of numbers that need no widening, and of a call that is not taken apart."""
+        learns = torch.is_grad_enabled() and (u.requires_grad or self.x_proj_weight.requires_grad)
         taken_apart = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        return torch.is_grad_enabled() and u.dtype != torch.float16 and not taken_apart
+        return learns and u.dtype != torch.float16 and not taken_apart
 
 
 class SSDPaths(nn.Module):
