@@ -9,7 +9,14 @@ from zoo.kernels.add_norm import MAX_NORM_CHANNELS, add_layer_norm, add_rms_norm
 from zoo.kernels.causal_conv1d import causal_conv1d
 from zoo.kernels.custom_op import custom_op
 from zoo.kernels.depthwise_conv2d import DEPTHWISE_KERNELS, Activation, activate, depthwise_conv2d
-from zoo.kernels.dt_projection import dt_projection_backward, pad_projections, split_rows
+from zoo.kernels.dt_projection import (
+    dt_projection_backward,
+    pad_projections,
+    project_rows,
+    split_rows,
+    stacked_weight_gradient,
+    steps_of_rows,
+)
 from zoo.kernels.registration import without_autocast
 from zoo.kernels.selective_scan import LARGEST_WINDOW, projected_scan, selective_scan, selective_scan_fn
 from zoo.kernels.ssd import ssd
@@ -29,11 +36,14 @@ __all__ = [
     "depthwise_conv2d",
     "dt_projection_backward",
     "pad_projections",
+    "project_rows",
     "projected_scan",
     "selective_scan",
     "selective_scan_fn",
     "split_rows",
     "ssd",
+    "stacked_weight_gradient",
+    "steps_of_rows",
     "use_backend",
     "without_autocast",
 ]

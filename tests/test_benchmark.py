@@ -16,7 +16,7 @@ from zoo.tools.benchmarks.section import Implementation, run_sections
 
 SCAN = selective_scans.Shape("tiny scan", 2, 3, 5, 2)
 CROSS = cross_scan.Shape("tiny grid", 2, 4, 3, 2, 5, 1)
-PROJECTED = projected_scan.Shape("tiny tokens", 2, 5, 3, 2, 1)
+PROJECTED = cross_scan.Shape("tiny tokens", 2, 4, 5, 3, 3, 1)
 HEADS = ssd.Shape("tiny heads", 2, 5, 3, 4, 2)
 ROWS = (add_norm.Shape("tiny rows", 5, 3, centered=False), add_norm.Shape("tiny centred rows", 5, 3, centered=True))
 SECTIONS = (

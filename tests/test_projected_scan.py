@@ -72,9 +72,8 @@ SUBJECTS = [
 def written_down(d_delta: Tensor, d_B: Tensor, d_C: Tensor, rows: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """Both gradients by autograd in float64."""
     rows, weight = (x.double().detach().requires_grad_() for x in (rows, weight))
-    dt, B, C, _ = rows.split(
-        [weight.shape[2], *[d_B.shape[3]] * 2, rows.shape[3] - weight.shape[2] - 2 * d_B.shape[3]], -1
-    )
+    R, N = weight.shape[2], d_B.shape[3]
+    dt, B, C, _ = rows.split([R, N, N, rows.shape[3] - R - 2 * N], dim=-1)
     delta = torch.einsum("bklr,ker->bkle", dt, weight)
     outputs, grads = (delta, B, C), [x.double() for x in (d_delta, d_B, d_C)]
     return dict(zip(("rows", "weight"), torch.autograd.grad(outputs, (rows, weight), grads), strict=True))

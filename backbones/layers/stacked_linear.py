@@ -7,17 +7,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.backbones.layers.autocast import autocast_dtype
-from zoo.kernels import dt_projection_backward, pad_projections, split_rows
+from zoo.kernels import (
+    dt_projection_backward,
+    pad_projections,
+    project_rows,
+    split_rows,
+    stacked_weight_gradient,
+    steps_of_rows,
+)
 
 __all__ = ["project_steps", "stacked_linear"]
-
-
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Sums over the rows of S sets (S, M, R) and (S, M, D), (S, R, D), by one product a set.
-
-    A batched product shares the sum over all rows among no more processors than the few outputs need.
-    """
-    return torch.stack([g.t() @ rows for g, rows in zip(grad, x, strict=True)])
 
 
 class _Products(torch.autograd.Function):
@@ -33,7 +32,7 @@ class _Products(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight = ctx.needs_input_grad
         d_x = torch.bmm(grad, weight) if of_x else None
-        d_weight = _weight_gradient(grad, x) if of_weight else None
+        d_weight = stacked_weight_gradient(grad, x) if of_weight else None
         return d_x, d_weight
 
 
@@ -41,15 +40,13 @@ class _Steps(torch.autograd.Function):
     """Steps (S, B, L, E), B and C (S, B, L, N) of rows (S, B, L, >= R + 2 N) of S sets, by their weights (S, E, R).
 
     B and C are views. The rows' gradient is written in the order in memory of the rows themselves, so that it need not
-    be turned around; those of B and C, a few bytes a row, are put together first.
+    be turned around.
     """
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(rows, weight)
-        ctx.states = states
-        dt, B, C = split_rows(rows, weight.shape[2], states)
-        return torch.bmm(dt.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, rows.shape[1:3]), B, C
+        return steps_of_rows(rows, weight, states)
 
     @staticmethod
     @once_differentiable
@@ -90,8 +87,7 @@ def project_steps(u: Tensor, x_weight: Tensor, dt_weight: Tensor) -> tuple[Tenso
     x_weight, dt_weight = pad_projections(x_weight, dt_weight, u.dtype)
     rank, sets = dt_weight.shape[2], len(x_weight)
     if len(u) < sets:
-        rows = F.linear(u.flatten(0, 2), x_weight.flatten(0, 1)).unflatten(1, (sets, -1))  # (B * L, S, ...)
-        projected = rows.transpose(0, 1).unflatten(1, u.shape[1:3])
+        projected = project_rows(u.flatten(0, 1), x_weight)
     else:
         projected = stacked_linear(u, x_weight)
     if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():

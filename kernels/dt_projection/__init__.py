@@ -12,9 +12,22 @@ wide as what it comes from, is wanted twice, by the rows and by the weights; her
 from torch import Tensor
 
 from zoo.kernels.dt_projection.op import dt_projection_backward_op
-from zoo.kernels.dt_projection.rows import pad_projections, split_rows
+from zoo.kernels.dt_projection.rows import (
+    pad_projections,
+    project_rows,
+    split_rows,
+    stacked_weight_gradient,
+    steps_of_rows,
+)
 
-__all__ = ["dt_projection_backward", "pad_projections", "split_rows"]
+__all__ = [
+    "dt_projection_backward",
+    "pad_projections",
+    "project_rows",
+    "split_rows",
+    "stacked_weight_gradient",
+    "steps_of_rows",
+]
 
 
 def dt_projection_backward(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zoo.kernels.dt_projection.rows import stacked_weight_gradient
 from zoo.kernels.registration import without_autocast
 
 __all__ = ["backward"]
@@ -22,10 +23,7 @@ def backward(d_delta: Tensor, d_B: Tensor, d_C: Tensor, rows: Tensor, weight: Te
         torch.bmm(d_delta, weight, out=of_low_rank)
     else:  # batch and tokens of a path do not lie as rows of one matrix
         d_rows[..., :rank] = torch.bmm(d_delta, weight).unflatten(1, (rows.shape[0], -1)).transpose(0, 1)
-    # One product a path: a batched one shares the sum over all rows among no more processors than the few outputs need.
-    low_rank = _path_by_path(rows[..., :rank])
-    d_weight = torch.stack([g.t() @ x for g, x in zip(d_delta, low_rank, strict=True)])
-    return [d_rows, d_weight]
+    return [d_rows, stacked_weight_gradient(d_delta, _path_by_path(rows[..., :rank]))]
 
 
 def _path_by_path(x: Tensor) -> Tensor:

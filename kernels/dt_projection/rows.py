@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["pad_projections", "split_rows"]
+__all__ = ["pad_projections", "project_rows", "split_rows", "stacked_weight_gradient", "steps_of_rows"]
 
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that tensor cores' kernels read at a time
 
@@ -14,6 +14,26 @@ def split_rows(rows: Tensor, rank: int, states: int) -> tuple[Tensor, Tensor, Te
     unused = rows.shape[-1] - rank - 2 * states
     dt, B, C, *_ = rows.split([rank, states, states, *[unused] * (unused > 0)], dim=-1)
     return dt, B, C
+
+
+def project_rows(tokens: Tensor, x_weight: Tensor) -> Tensor:
+    """Rows (S, B, L, W) of tokens (B, L, E) that S sets of projections (S, W, E) read: one product."""
+    rows = F.linear(tokens.flatten(0, 1), x_weight.flatten(0, 1)).unflatten(1, (len(x_weight), -1))  # (B * L, S, W)
+    return rows.transpose(0, 1).unflatten(1, tokens.shape[:2])
+
+
+def steps_of_rows(rows: Tensor, dt_weight: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps (S, B, L, E) of rows (S, B, L, W) by the weights (S, E, R) of their sets; B and C (S, B, L, N) as views."""
+    dt, B, C = split_rows(rows, dt_weight.shape[2], states)
+    return torch.bmm(dt.flatten(1, 2), dt_weight.transpose(1, 2)).unflatten(1, rows.shape[1:3]), B, C
+
+
+def stacked_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Sums over the rows of S sets (S, M, R) and (S, M, D), (S, R, D), by one product a set.
+
+    A batched product shares the sum over all rows among no more processors than the few outputs need.
+    """
+    return torch.stack([g.t() @ rows for g, rows in zip(grad, x, strict=True)])
 
 
 def pad_projections(x_weight: Tensor, dt_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

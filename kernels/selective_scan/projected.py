@@ -8,11 +8,16 @@ added up in the product that ends it.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zoo.kernels.dt_projection import dt_projection_backward, pad_projections, split_rows
+from zoo.kernels.dt_projection import (
+    dt_projection_backward,
+    pad_projections,
+    project_rows,
+    split_rows,
+    steps_of_rows,
+)
 from zoo.kernels.selective_scan.op import selective_scan_backward_op, selective_scan_op
 
 __all__ = ["projected_scan"]
@@ -26,10 +31,8 @@ class _ProjectedScan(torch.autograd.Function):
         paths, *ctx.options = options
         ctx.dtypes, ctx.rank = (x_weight.dtype, dt_weight.dtype), dt_weight.shape[2]
         x_weight, dt_weight = pad_projections(x_weight.to(dtype), dt_weight.to(dtype), dtype)
-        tokens = u.to(dtype).flatten(0, 1)
-        rows = F.linear(tokens, x_weight.flatten(0, 1)).view(*u.shape[:2], len(x_weight), -1).permute(2, 0, 1, 3)
-        dt, B, C = split_rows(rows, dt_weight.shape[2], A.shape[2])
-        delta = torch.bmm(dt.flatten(1, 2), dt_weight.transpose(1, 2)).unflatten(1, u.shape[:2])
+        rows = project_rows(u.to(dtype), x_weight)
+        delta, B, C = steps_of_rows(rows, dt_weight, A.shape[2])
         out, _, states = selective_scan_op(*_inputs_of_scan(u, delta, A, B, C, D, delta_bias), *options, True)
         ctx.save_for_backward(u, rows, delta, states, x_weight, dt_weight, A, D, delta_bias, paths)
         return out

@@ -11,7 +11,7 @@ from zoo.kernels import selective_scan
 from zoo.tools.benchmarks.measure import Machine, exponentials_ms
 from zoo.tools.benchmarks.section import Implementation, Section
 
-__all__ = ["STAGES", "CrossScan", "Shape"]
+__all__ = ["STAGES", "CrossScan", "Shape", "vmamba_stages"]
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))  # channels and side of the map, of VMamba-T at 224 px
 
@@ -35,7 +35,7 @@ class Shape:
         return self.H * self.W
 
 
-def _stages(batch: int) -> tuple[Shape, ...]:
+def vmamba_stages(batch: int) -> tuple[Shape, ...]:
     """The four stages of VMamba-T at 224 px."""
     return tuple(
         Shape(f"VMamba-T stage {stage}", batch, 4, D, side, side, 1) for stage, (D, side) in enumerate(STAGES, 1)
@@ -47,8 +47,8 @@ class CrossScan(Section):
     """Four paths over a grid, as in VMamba v05: one u for all of them, softplus with bias, skip, no gate."""
 
     name: ClassVar[str] = "cross_scan"
-    cpu_shapes: tuple[Shape, ...] = _stages(batch=2)
-    gpu_shapes: tuple[Shape, ...] = _stages(batch=128)
+    cpu_shapes: tuple[Shape, ...] = vmamba_stages(batch=2)
+    gpu_shapes: tuple[Shape, ...] = vmamba_stages(batch=128)
 
     def implementations(self, device: str) -> dict[str, Implementation]:
         """Both ours: nothing but the fusion differs."""

@@ -9,30 +9,11 @@ from torch import Tensor
 from zoo.backbones.layers.stacked_linear import project_steps
 from zoo.backbones.scans import scan_paths
 from zoo.kernels import projected_scan, selective_scan
-from zoo.tools.benchmarks.cross_scan import REVERSE, STAGES
+from zoo.tools.benchmarks.cross_scan import REVERSE, Shape, vmamba_stages
 from zoo.tools.benchmarks.measure import Machine
 from zoo.tools.benchmarks.section import Implementation, Section
 
-__all__ = ["ProjectedScan", "Shape"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One call: batch, channels, side of the grid, rank of the steps, states."""
-
-    name: str
-    batch: int
-    E: int
-    side: int
-    R: int
-    N: int
-
-
-def _stages(batch: int) -> tuple[Shape, ...]:
-    """The four stages of VMamba-T at 224 px."""
-    return tuple(
-        Shape(f"VMamba-T stage {stage}", batch, E, side, E // 16, 1) for stage, (E, side) in enumerate(STAGES, 1)
-    )
+__all__ = ["ProjectedScan"]
 
 
 @dataclass(frozen=True)
@@ -40,25 +21,26 @@ class ProjectedScan(Section):
     """Cross scan of tokens with everything that is projected from them; weights in the activations' dtype."""
 
     name: ClassVar[str] = "projected_scan"
-    cpu_shapes: tuple[Shape, ...] = _stages(batch=2)
-    gpu_shapes: tuple[Shape, ...] = _stages(batch=256)
+    cpu_shapes: tuple[Shape, ...] = vmamba_stages(batch=2)
+    gpu_shapes: tuple[Shape, ...] = vmamba_stages(batch=256)
 
     def implementations(self, device: str) -> dict[str, Implementation]:
         """Both ours: nothing differs but what autograd sees as one operation."""
         return {"zoo": Implementation(_as_one), "one after the other": Implementation(_one_after_the_other)}
 
     def inputs(self, shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """u (B, L, E), the weights of four paths, and a table of two orders."""
+        """u (B, L, E), the weights of K paths with steps of rank E / 16, and a table of two orders."""
         torch.manual_seed(0)
-        K, activation = len(REVERSE), dict(device=device, dtype=dtype)
+        K, E, N, activation = shape.K, shape.D, shape.N, dict(device=device, dtype=dtype)
+        R = -(-E // 16)
         return dict(
-            u=torch.randn(shape.batch, shape.side**2, shape.E, **activation),
-            x_weight=torch.randn(K, shape.R + 2 * shape.N, shape.E, **activation) * shape.E**-0.5,
-            dt_weight=torch.randn(K, shape.E, shape.R, **activation) * shape.R**-0.5,
-            A=-torch.ones(K, shape.E, shape.N, device=device),
-            D=torch.ones(K, shape.E, device=device),
-            delta_bias=torch.rand(K, shape.E, device=device) - 4.0,
-            table=scan_paths("cross", shape.side, shape.side, device)[:2],
+            u=torch.randn(shape.batch, shape.L, E, **activation),
+            x_weight=torch.randn(K, R + 2 * N, E, **activation) * E**-0.5,
+            dt_weight=torch.randn(K, E, R, **activation) * R**-0.5,
+            A=-torch.ones(K, E, N, device=device),
+            D=torch.ones(K, E, device=device),
+            delta_bias=torch.rand(K, E, device=device) - 4.0,
+            table=scan_paths("cross", shape.H, shape.W, device)[:2],
         )
 
     def floors(self, shape: Shape, machine: Machine, bandwidth: float) -> dict[str, float]:
@@ -69,7 +51,7 @@ class ProjectedScan(Section):
         * ``dram_steps``: steps are written and read besides, 2 K M E; backward they are read, and their gradient is
           written and read, 3 K M E.
         """
-        K, tokens = len(REVERSE), shape.batch * shape.side**2 * shape.E
+        K, tokens = shape.K, shape.batch * shape.L * shape.D
         per_ms = bandwidth * 1e-3 / machine.dtype.itemsize  # elements that can be moved in a millisecond
         return dict(
             dram_forward=2 * tokens / per_ms,
