@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from zoo.backbones.layers.channel_attention import ChannelAttention
 from zoo.backbones.layers.conv_norm import conv_norm, convolve, on_images
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
+from zoo.backbones.layers.mlp import Mlp
 from zoo.backbones.layers.ss2d import SS2D, Paths, from_authors_name
 from zoo.backbones.layers.vss import PatchStem, Reduction, Stage, VSSBlock, VSSStage, fit_patches, make_reduction
 from zoo.backbones.scans import scan_paths

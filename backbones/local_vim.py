@@ -44,7 +44,7 @@ from zoo.backbones.layers.position import resample_pos_embed, rotary_table
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.layers.stacked_linear import project_steps
 from zoo.backbones.scans.local import Route, check_direction, local_routes
-from zoo.kernels import causal_conv1d, selective_scan
+from zoo.kernels import causal_conv1d, is_exporting, selective_scan
 from zoo.registry import build_model_with_cfg
 
 __all__ = ["LocalVim"]
@@ -69,14 +69,14 @@ class _Direction(NamedTuple):
 
 def _first(x: Tensor, length: int) -> Tensor:
     """The first of the tokens (B, P, E), (B, length, E)."""
-    if not torch.compiler.is_exporting() and x.shape[1] == length:  # a graph would be tied to grids that windows fit
+    if not is_exporting() and x.shape[1] == length:  # a graph would be tied to grids that windows fit
         return x  # the gradient of a slice, even of all, is copied into zeros
     return x[:, :length]
 
 
 def _crop(x: Tensor, length: int) -> Tensor:
     """As :func:`_first`, by a copy in an exported graph: strides of a slice tie it to grids that windows fit or not."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return x.index_select(1, torch.arange(length, device=x.device))
     return _first(x, length)
 

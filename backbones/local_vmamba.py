@@ -36,6 +36,7 @@ from zoo.backbones.layers.vss import PatchMerging, PatchStem, VSSBlock, VSSStage
 from zoo.backbones.scans import scan_paths
 from zoo.backbones.scans.local import check_direction
 from zoo.backbones.vmamba import convert_upstream
+from zoo.kernels import is_exporting
 from zoo.registry import build_model_with_cfg
 
 __all__ = ["LocalVMamba"]
@@ -61,7 +62,7 @@ def _route(direction: str, H: int, W: int, device: torch.device) -> Route:
         return Route(scan_paths("columns", H, W, device), reverse, True)
     size = int(base[1:])
     # Which grids a window fits is not asked in an exported graph, which would be tied to those or to the others.
-    complete = not torch.compiler.is_exporting() and H % size == 0 and W % size == 0
+    complete = not is_exporting() and H % size == 0 and W % size == 0
     return Route(scan_paths("window", H, W, device, size=size), reverse, complete)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Attention, DropPath, LayerNorm2d, LayerScale, LayerScale2d, Mlp, calculate_drop_path_rates
+from timm.layers import Attention, DropPath, LayerNorm2d, LayerScale, LayerScale2d, calculate_drop_path_rates
 from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
@@ -40,8 +40,9 @@ from zoo.backbones.layers.add_norm import add_norm
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
+from zoo.backbones.layers.mlp import Mlp
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
-from zoo.kernels import causal_conv1d, selective_scan
+from zoo.kernels import causal_conv1d, is_exporting, selective_scan
 from zoo.registry import build_model_with_cfg
 
 __all__ = ["MambaVision"]
@@ -237,7 +238,7 @@ def join_windows(windows: Tensor, size: int, height: int, width: int) -> Tensor:
 
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
     """The top left of a map (B, H, W, C), (B, height, width, C)."""
-    if torch.compiler.is_exporting():  # strides of a slice tie a graph to grids that windows fit, or to others
+    if is_exporting():  # strides of a slice tie a graph to grids that windows fit, or to others
         rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
         return x.index_select(1, rows).index_select(2, columns)
     return x[:, :height, :width]

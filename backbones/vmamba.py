@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import GluMlp, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import GluMlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
+from zoo.backbones.layers.mlp import Mlp
 from zoo.backbones.layers.position import record_input_size, resample_pos_embed
 from zoo.backbones.layers.ss2d import SS2D, Gate, OutputNorm, Recurrence, from_authors_name
 from zoo.backbones.layers.vss import (

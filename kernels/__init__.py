@@ -6,6 +6,7 @@ G groups of channels that share B and C, K scan paths, P steps of a path, W widt
 
 from zoo.kernels._backend import Backend, backend, use_backend
 from zoo.kernels.add_norm import MAX_NORM_CHANNELS, add_layer_norm, add_rms_norm
+from zoo.kernels.bias_gelu import bias_gelu
 from zoo.kernels.causal_conv1d import causal_conv1d
 from zoo.kernels.custom_op import custom_op
 from zoo.kernels.depthwise_conv2d import DEPTHWISE_KERNELS, Activation, activate, depthwise_conv2d
@@ -17,6 +18,7 @@ from zoo.kernels.dt_projection import (
     stacked_weight_gradient,
     steps_of_rows,
 )
+from zoo.kernels.exporting import is_exporting
 from zoo.kernels.registration import without_autocast
 from zoo.kernels.selective_scan import LARGEST_WINDOW, projected_scan, selective_scan, selective_scan_fn
 from zoo.kernels.ssd import ssd
@@ -31,10 +33,12 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "backend",
+    "bias_gelu",
     "causal_conv1d",
     "custom_op",
     "depthwise_conv2d",
     "dt_projection_backward",
+    "is_exporting",
     "pad_projections",
     "project_rows",
     "projected_scan",

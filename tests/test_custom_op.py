@@ -24,6 +24,7 @@ def decays(*shape: int) -> Tensor:
 
 INPUTS = {
     "add_norm": (randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(8), randn(2), 1e-5, None, True),
+    "bias_gelu": (randn(2, 5, 8), randn(8)),
     "causal_conv1d": (randn(2, 1, 9, 4), randn(2, 4, 3), randn(2, 4), True, [0, 1]),
     "depthwise_conv2d": (randn(2, 4, 5, 3), randn(3, 3, 3), randn(3), "silu"),
     "selective_scan": (

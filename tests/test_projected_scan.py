@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from zoo.backbones.layers.ss2d import SelectivePaths
 from zoo.backbones.scans import scan_paths
@@ -211,3 +213,16 @@ def test_layers_take_it_where_gradients_are_needed(monkeypatch):
     torch.testing.assert_close(exported(u, reverse=(False, True)), learning)
     torch.testing.assert_close(layer.requires_grad_(False)(u, reverse=(False, True)), learning)
     assert len(calls) == 1
+
+
+def test_compiled_models_are_not_taken_for_exported_ones():
+    """torch 2.11 says of compiled models that they are being exported, which they must not pay for."""
+    layer, u, targets = SelectivePaths(8, paths=2, d_state=2, dt_rank=3), torch.randn(2, 11, 8), []
+
+    def note(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=note))
+    compiled(u, reverse=(False, True)).sum().backward()
+    assert "zoo.dt_projection_backward.default" in targets

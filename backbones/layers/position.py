@@ -9,6 +9,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from zoo.backbones.layers.class_token import ClassToken, insert_class_tokens, num_class_tokens, split_class_tokens
+from zoo.kernels import is_exporting
 
 __all__ = ["record_input_size", "resample_pos_embed", "rotary_table"]
 
@@ -29,7 +30,7 @@ def resample_pos_embed(
     Returns:
         (1, H * W + T, D); bicubic, corners not aligned, no antialiasing, as the authors of Vim fine-tune.
     """
-    if not torch.compiler.is_exporting() and tuple(old_grid) == tuple(new_grid):
+    if not is_exporting() and tuple(old_grid) == tuple(new_grid):
         return pos_embed
     patches, class_rows = split_class_tokens(pos_embed, class_token)
     dtype = torch.promote_types(pos_embed.dtype, torch.float32)  # 16 bits are too coarse to interpolate

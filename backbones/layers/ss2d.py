@@ -19,7 +19,7 @@ from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.layers.stacked_linear import project_steps
 from zoo.backbones.scans import scan_paths
-from zoo.kernels import projected_scan, selective_scan, ssd
+from zoo.kernels import is_exporting, projected_scan, selective_scan, ssd
 
 __all__ = [
     "SS2D",
@@ -174,7 +174,7 @@ class SelectivePaths(nn.Module):
     def _learns_in_one(self, u: Tensor) -> bool:
         """Whether gradients are needed, of numbers that need no widening, and of a call that is not taken apart."""
         learns = torch.is_grad_enabled() and (u.requires_grad or self.x_proj_weight.requires_grad)
-        taken_apart = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        taken_apart = torch.jit.is_tracing() or is_exporting()
         return learns and u.dtype != torch.float16 and not taken_apart
 
 

@@ -10,6 +10,7 @@ from zoo.backbones.scans.columns import columns
 from zoo.backbones.scans.memory import remember_tables
 from zoo.backbones.scans.raster import raster
 from zoo.backbones.scans.window import window
+from zoo.kernels import is_exporting
 
 __all__ = ["Route", "check_direction", "local_order", "local_routes"]
 
@@ -74,7 +75,7 @@ def local_routes(
     """The routes of several directions over a grid, with their tables (int32) on a device; see :func:`local_order`."""
     tokens = H * W + int(class_token)
     # Between two halves of unequal length the class token is met at another step when the tokens are read backwards.
-    mirrored = not class_token or (not torch.compiler.is_exporting() and H * W % 2 == 0)
+    mirrored = not class_token or (not is_exporting() and H * W % 2 == 0)
     routes = []
     for direction in directions:
         if direction == "h" or (direction == "h_flip" and mirrored):

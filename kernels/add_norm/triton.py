@@ -22,8 +22,9 @@ __all__ = ["backward", "forward"]
 ELEMENTS = 16  # of a row, or of several, in a lane; the backward has five or six such tiles in registers
 MOST_ROWS = 32  # of a tile: what is known of a row takes registers too
 FORWARD_WARPS = 1  # at least, of a program: each has rows of its own where they are narrow
-RESIDENT_WARPS = 16  # of backward programs on a multiprocessor: as many as its registers leave room for
-STAGES = 2  # of backward programs: a tile is loaded into shared memory while the one before is worked on
+RESIDENT_WARPS = 12  # of backward programs on a multiprocessor: with more, none of them is faster
+STAGES = 3  # of backward programs: two tiles are loaded into shared memory while the one before is worked on
+STAGES_WIDE, WIDE = 2, 1024  # of rows with more channels, which take more shared memory
 
 
 @triton.jit
@@ -195,6 +196,7 @@ def backward(
     options = _options(exact, D, eps)
     resident = multiprocessors(stream.device) * max(1, RESIDENT_WARPS // options["num_warps"])
     programs = min(ceil_div(rows, options["ROWS"]), resident)
+    stages = STAGES if options["BLOCK"] <= WIDE else STAGES_WIDE
     d_stream = stream.new_empty(stream.shape, dtype=stream_dtype)
     d_update = None if update_dtype is None else stream.new_empty(stream.shape, dtype=update_dtype)
     sums = stream.new_empty(1 if bias_dtype is None else 2, programs, D, dtype=exact)
@@ -203,7 +205,7 @@ def backward(
             grad_normed.contiguous(), _contiguous(grad_stream), stream.contiguous(), weight.contiguous(),
             _contiguous(scale), d_stream, d_update, sums, rows, rows // stream.shape[0],
             HAS_GRAD_STREAM=grad_stream is not None, HAS_BIAS=bias_dtype is not None, HAS_SCALE=scale is not None,
-            WRITES_UPDATE=update_dtype is not None, CENTERED=centered, STAGES=STAGES, **options,
+            WRITES_UPDATE=update_dtype is not None, CENTERED=centered, STAGES=stages, **options,
         )  # fmt: skip
     sums = sums.sum(1)
     gradients = [d_stream, sums[0].to(weight.dtype)]

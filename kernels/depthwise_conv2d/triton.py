@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard, multiprocessors
 from zoo.kernels.registration import accumulate_dtype
-from zoo.kernels.triton_math import sigmoid
+from zoo.kernels.triton_math import normal_distribution, sigmoid
 
 __all__ = ["backward", "forward"]
 
@@ -132,25 +132,26 @@ def _add_products(sums, factor, window, r: tl.constexpr, K: tl.constexpr, COUNT:
 
 
 @triton.jit
-def _activate(y, ACTIVATION: tl.constexpr):
+def _activate(y, ACTIVATION: tl.constexpr, COARSE: tl.constexpr):
     if ACTIVATION == "silu":
         y *= sigmoid(y)
     if ACTIVATION == "gelu":
-        y *= 0.5 * (1 + tl.erf(y * 0.7071067811865476))
+        below, _ = normal_distribution(y, COARSE)
+        y *= below
     if ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)  # leaves NaN
     return y
 
 
 @triton.jit
-def _slope(y, ACTIVATION: tl.constexpr):
+def _slope(y, ACTIVATION: tl.constexpr, COARSE: tl.constexpr):
     """Derivative of the activation."""
     if ACTIVATION == "silu":
         gate = sigmoid(y)
         slope = gate * (1 + y * (1 - gate))
     if ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * y * y)
-        slope = 0.5 * (1 + tl.erf(y * 0.7071067811865476)) + y * density
+        below, density = normal_distribution(y, COARSE)
+        slope = below + y * density
     if ACTIVATION == "relu":
         slope = tl.where(y > 0, 1.0, 0.0).to(y.dtype)
     return slope
@@ -164,6 +165,7 @@ def _forward_kernel(
 ):  # fmt: skip
     TILES: tl.constexpr = (C + BLOCK - 1) // BLOCK
     MARGIN: tl.constexpr = K // 2
+    COARSE: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16
     program = tl.program_id(0)
     channel = program % TILES * BLOCK + tl.arange(0, BLOCK)[None, :]
     number, top = _strips(program // TILES, H, ROWS, STRIPS)
@@ -189,7 +191,7 @@ def _forward_kernel(
             partial = sums[: (K - 1) * ROWS]
             done = ()
             for r in tl.static_range(ROWS):
-                done = done + (_activate(sums[(K - 1) * ROWS + r], ACTIVATION),)
+                done = done + (_activate(sums[(K - 1) * ROWS + r], ACTIVATION, COARSE),)
             _store_column(out, done, number, top, t + i - MARGIN, channel, B, H, W, C, ROWS)
 
 
@@ -202,6 +204,7 @@ def _gradient_kernel(
 ):  # fmt: skip
     TILES: tl.constexpr = (C + BLOCK - 1) // BLOCK
     MARGIN: tl.constexpr = K // 2
+    COARSE: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16
     REACH: tl.constexpr = ROWS + K - 1  # rows that the outputs of a strip are made of
     program = tl.program_id(0) // TILES
     channel = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -240,7 +243,7 @@ def _gradient_kernel(
                 for r in tl.static_range(ROWS):
                     factor = grads[i * ROWS + r]
                     if ACTIVATION is not None:
-                        slope = _slope(_convolve(window, taps, shift, r, K, REACH), ACTIVATION)
+                        slope = _slope(_convolve(window, taps, shift, r, K, REACH), ACTIVATION, COARSE)
                         factor = tl.where(factor == 0, factor, factor * slope)  # outside of the maps they may be inf
                     tap_sums = _add_products(tap_sums, factor, window, r, K, REACH)
                     shift_sum += factor

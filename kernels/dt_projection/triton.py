@@ -21,7 +21,7 @@ WIDEST, HIGHEST_RANK = 512, 64  # channels and rank of which a program's part of
 SMALLEST_SIDE = 16  # of what tensor cores multiply
 MOST_ROWS, LARGEST_TILE = 64, 16384  # tokens, and numbers of the steps' gradient, of a tile
 STAGES = 3  # tiles that are in shared memory or on their way there
-WARPS = 8
+WARPS, WARPS_WIDE = 8, 4  # of a program, and of one with more than 256 channels
 
 
 @triton.jit(do_not_specialize=("tokens", "L", "B_n", "C_n"))
@@ -81,7 +81,7 @@ def _options(E: int, R: int, N: int, W: int, room: int) -> dict[str, int] | None
     if rows < SMALLEST_SIDE:
         return None
     sizes = dict(E=E, R=R, N=N, W=W, BLOCK_E=block, RANK=rank, REST=next_power_of_2(W - R), ROWS=rows)
-    return dict(**sizes, STAGES=STAGES, num_warps=WARPS)
+    return dict(**sizes, STAGES=STAGES, num_warps=WARPS if block <= 256 else WARPS_WIDE)
 
 
 def backward(d_delta: Tensor, d_B: Tensor, d_C: Tensor, rows: Tensor, weight: Tensor) -> list[Tensor]:
