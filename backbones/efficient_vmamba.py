@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.backbone import fit_parts, unwrap_checkpoint
 from zoo.backbones.layers.channel_attention import ChannelAttention
-from zoo.backbones.layers.conv_norm import conv_norm, convolve, on_images
+from zoo.backbones.layers.conv_norm import conv_norm, convolve
 from zoo.backbones.layers.hierarchical import HierarchicalBackbone
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.mlp import Mlp
@@ -188,8 +188,12 @@ class InvertedResidualBlock(InvertedResidual):
         """Map (B, H, W, C) to map (B, H, W, C)."""
         y = conv_norm(x, self.conv_pw, self.bn1, "relu")
         y = conv_norm(y, self.conv_dw, self.bn2, "relu")
-        y = on_images(self.se, y)
-        return x + self.drop_path(conv_norm(y, self.conv_pwl, self.bn3))
+        return x + self.drop_path(conv_norm(self._excite(y), self.conv_pwl, self.bn3))
+
+    def _excite(self, x: Tensor) -> Tensor:
+        """Weighs the channels of a map (B, H, W, C) by what its cells are on average."""
+        squeezed = convolve(x.mean((1, 2), keepdim=True), self.se.conv_reduce)
+        return x * self.se.gate(convolve(self.se.act1(squeezed), self.se.conv_expand))
 
 
 class EfficientVMamba(HierarchicalBackbone):

@@ -8,6 +8,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from zoo.backbones.layers.autocast import autocast_dtype
+from zoo.backbones.layers.convolution import convolve_map
 from zoo.backbones.layers.depthwise_conv import depthwise_conv
 from zoo.kernels import Activation, activate
 
@@ -20,6 +21,8 @@ torch.fx.wrap("depthwise_conv")
 
 def on_images(layer: nn.Module, x: Tensor) -> Tensor:
     """Applies a layer of images (B, C, H, W) to a map (B, H, W, C), through channels-last views."""
+    if torch.compiler.is_compiling() and _is_whole(layer):
+        return convolve_map(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -30,7 +33,7 @@ def map_of(images: Tensor, conv: Callable[[Tensor], Tensor]) -> Tensor:
     which what follows would have to copy, and its gradient too.
     """
     images = images.contiguous(memory_format=torch.channels_last)
-    if _is_plain(conv) and conv.groups == 1 and conv.padding_mode == "zeros":
+    if _is_whole(conv):
         return _convolve_images(images, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation)
     return conv(images).permute(0, 2, 3, 1)
 
@@ -49,7 +52,7 @@ def _convolve_images(
     narrow = autocast_dtype(device, images.dtype) or images.dtype
     if missing and device == "cuda" and narrow.itemsize == 2:
         images, weight = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (images, weight))
-    return F.conv2d(images, weight, bias, stride, padding, dilation).permute(0, 2, 3, 1)
+    return convolve_map(images.permute(0, 2, 3, 1), weight, bias, stride, padding, dilation)
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -80,6 +83,11 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Acti
 def _is_plain(conv: Callable[[Tensor], Tensor]) -> bool:
     """Whether weights say all there is: adapters that stand for a convolution have to be called."""
     return type(conv) is nn.Conv2d
+
+
+def _is_whole(conv: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a convolution is plain and of all channels, padded with zeros by some number of them."""
+    return _is_plain(conv) and conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def _is_fixed(norm: nn.Module) -> bool:
