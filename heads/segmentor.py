@@ -118,7 +118,7 @@ class Segmentor(nn.Module):
         """
         count = max(1, MOST_LOGITS // (logits.shape[1] * masks[0].numel()))
         sums = [
-            checkpoint(self._sum_over_pixels, *each, use_reentrant=False)
+            checkpoint(self._sum_over_pixels, *each, use_reentrant=False, preserve_rng_state=False)  # draws nothing
             for each in zip(logits.split(count), masks.split(count), strict=True)
         ]
         total, weight = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
@@ -167,8 +167,8 @@ def check_masks(images: Tensor, masks: Tensor, num_classes: int) -> None:
         raise ValueError(f"images {tuple(images.shape)} need masks {expected}, got {tuple(masks.shape)}")
     if masks.is_floating_point():
         raise ValueError(f"masks hold labels, so {masks.dtype} has to be an integer type")
-    if torch.compiler.is_compiling():  # the values are not known then
-        return
+    if torch.compiler.is_compiling() or (masks.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # the values are not known then
     wrong = (masks != IGNORED) & ((masks < 0) | (masks >= num_classes))
     if wrong.any():
         raise ValueError(

@@ -391,16 +391,31 @@ JITTER = {"segmentation": [], "detection": ["augment.jitter=[0.5, 1.5]"]}  # aft
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_captured_backbones_see_the_batches_there_are(folders, tmp_path, task, monkeypatch):
+def test_captured_modules_see_the_batches_there_are(folders, tmp_path, task, monkeypatch):
+    """Those of a segmentor are images and masks, those of a detector's backbone images."""
     captured, seen = [], []
     monkeypatch.setattr(f"zoo.engine.tasks.{task}.capture_training", lambda *given: captured.append(given))
     kind = find_task(task)(small_config(task, folders, tmp_path, *JITTER[task]), CPU)
     kind.capture()
-    [(backbone, shape, precision)] = captured
-    backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    [(module, shape, precision, *masks)] = captured
+
+    def note(_, inputs):
+        seen.append(tuple(inputs[0].shape))
+        assert [(x.shape, x.dtype) for x in inputs[1:]] == [(x.shape, x.dtype) for x in masks]
+
+    module.register_forward_pre_hook(note)
     for batch in kind.train_loader:
         kind.loss(kind.model.train(), batch)
-    assert set(seen) == {shape} and precision == "fp32"
+    assert set(seen) == {shape} and precision == "fp32" and len(masks) == (task == "segmentation")
+
+
+def test_wrong_masks_are_told_of_a_captured_segmentor(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.engine.tasks.segmentation.capture_training", lambda *given: None)
+    kind = find_task("segmentation")(small_config("segmentation", folders, tmp_path), CPU)
+    kind.capture()
+    images, masks = next(iter(kind.train_loader))
+    with pytest.raises(ValueError, match=r"masks have the labels \[77\]"):
+        kind.loss(lambda *inputs: inputs[0].sum(), (images, torch.full_like(masks, 77)))
 
 
 def test_backbones_are_not_captured_for_batches_of_any_size(folders, tmp_path):
@@ -421,6 +436,17 @@ SMALL_MODELS = {
 def test_nothing_is_left_on_the_cpu(folders, tmp_path, train_elsewhere, task, name):
     config = small_config(task, folders, tmp_path, *JITTER[task], model=SMALL_MODELS[name])
     assert {"segmentation": "miou", "detection": "box_ap"}[task] in train_elsewhere(config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_captured_segmentor_trains_as_the_eager_one(folders, tmp_path, name):
+    losses = []
+    for captured in ("false", "true"):
+        options = ["cpu=false", "precision=bf16", f"cuda_graph={captured}", "model.head_kwargs.dropout=0.0"]
+        config = small_config("segmentation", folders, tmp_path / captured, *options, model=SMALL_MODELS[name])
+        losses.append(train(config).log[-1]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.gpu

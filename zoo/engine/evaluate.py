@@ -117,6 +117,9 @@ def explain_nonfinite(model: nn.Module, inputs: Tensor) -> str:
         if not parameter.isfinite().all():
             return f"the parameter {name!r} is not finite, so an earlier update was already wrong"
 
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # a captured graph, which calls no hooks
+
     found: list[str] = []
 
     def look(name: str, module: nn.Module, output: object) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from zoo.config import SegmentationConfig
@@ -16,6 +17,7 @@ from zoo.engine.evaluate import explain_nonfinite
 from zoo.engine.figures import can_draw, draw_confusion
 from zoo.engine.graph import capture_training
 from zoo.engine.task import Place, Task, register_task
+from zoo.heads.segmentor import check_masks
 from zoo.segmentor import create_segmentor
 
 __all__ = ["Segmentation"]
@@ -32,6 +34,7 @@ class Segmentation(Task):
 
     def __init__(self, config: SegmentationConfig, place: Place) -> None:
         super().__init__(config, place)
+        self.captured = False
         self.train_data = open_masks(config, training=True)
         self.val_data = open_masks(config, training=False, class_names=self.train_data.class_names)
         self.model, self.card = build_segmentor(config, self.train_data.class_names)
@@ -47,6 +50,8 @@ class Segmentation(Task):
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         self.inputs = self.normalize(batch[0])
+        if self.captured:
+            check_masks(self.inputs, batch[1], self.model.num_classes)  # which a graph cannot
         return model(self.inputs, batch[1])
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -64,7 +69,9 @@ class Segmentation(Task):
 
     def capture(self) -> None:
         shape = (self.config.data.batch_size, self.card.preprocessing.in_chans, *self.config.crop_size)
-        capture_training(self.model.backbone, shape, self.config.precision)  # which is most of the work
+        masks = torch.zeros(shape[0], *shape[2:], dtype=torch.int64, device=self.place.device)
+        capture_training(self.model, shape, self.config.precision, masks)
+        self.captured = True
 
     def explain_failure(self) -> str:
         return explain_nonfinite(self.model, self.inputs)
