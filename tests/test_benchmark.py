@@ -9,7 +9,7 @@ import torch
 
 from zoo.kernels import selective_scan
 from zoo.tools import benchmark
-from zoo.tools.benchmarks import add_norm, cross_scan, ops, projected_scan, ssd
+from zoo.tools.benchmarks import add_norm, bias_gelu, cross_scan, ops, projected_scan, ssd
 from zoo.tools.benchmarks import selective_scan as selective_scans
 from zoo.tools.benchmarks.measure import Machine, host_milliseconds, measure, peer, plan_calls
 from zoo.tools.benchmarks.section import Implementation, run_sections
@@ -19,12 +19,14 @@ CROSS = cross_scan.Shape("tiny grid", 2, 4, 3, 2, 5, 1)
 PROJECTED = cross_scan.Shape("tiny tokens", 2, 4, 5, 3, 3, 1)
 HEADS = ssd.Shape("tiny heads", 2, 5, 3, 4, 2)
 ROWS = (add_norm.Shape("tiny rows", 5, 3, centered=False), add_norm.Shape("tiny centred rows", 5, 3, centered=True))
+HIDDEN = bias_gelu.Shape("tiny rows", 5, 3)
 SECTIONS = (
     selective_scans.SelectiveScan((SCAN,), (SCAN,)),
     cross_scan.CrossScan((CROSS,), (CROSS,)),
     ssd.SSD((HEADS,), (HEADS,)),
     add_norm.AddNorm(ROWS, ROWS),
     projected_scan.ProjectedScan((PROJECTED,), (PROJECTED,)),
+    bias_gelu.BiasGelu((HIDDEN,), (HIDDEN,)),
 )
 CPU = Machine("cpu", torch.float32, 0.001)
 
@@ -64,6 +66,8 @@ def test_ops_writes_all_sections(tiny_sections, tmp_path, capsys):
         ("ssd", "step recurrence"),
         ("add_norm", "zoo"),
         ("add_norm", "torch: add, norm, cast"),
+        ("bias_gelu", "zoo"),
+        ("bias_gelu", "torch: GELU, sum of gradients"),
     }
     printed = capsys.readouterr().out
     assert "cross_scan, tiny grid: batch=2 K=4 D=3 H=2 W=5 N=1" in printed
@@ -197,7 +201,7 @@ def test_errors_of_16_bits_come_with_those_of_float32():
 
 
 def test_peers_have_rows_where_they_are_installed():
-    scan, _, heads, rows, _ = SECTIONS
+    scan, _, heads, rows, *_ = SECTIONS
     mamba_scan = peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
     mamba_ssd = peer("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
     assert ("mamba_ssm" in scan.implementations("cuda")) == (mamba_scan is not None)

@@ -8,6 +8,7 @@ import argparse
 from typing import Any
 
 from zoo.tools.benchmarks.add_norm import AddNorm
+from zoo.tools.benchmarks.bias_gelu import BiasGelu
 from zoo.tools.benchmarks.cross_scan import CrossScan
 from zoo.tools.benchmarks.depthwise_conv2d import DepthwiseConv2d
 from zoo.tools.benchmarks.measure import Machine
@@ -18,10 +19,10 @@ from zoo.tools.benchmarks.ssd import SSD
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "the kernels: selective scan, cross scan with and without projections, SSD, add and norm, depth-wise convolution"
+HELP = "the kernels: selective scan, cross scan with and without projections, SSD, norm, convolution, GELU"
 SECTIONS = {
     section.name: section
-    for section in (SelectiveScan(), CrossScan(), ProjectedScan(), SSD(), AddNorm(), DepthwiseConv2d())
+    for section in (SelectiveScan(), CrossScan(), ProjectedScan(), SSD(), AddNorm(), DepthwiseConv2d(), BiasGelu())
 }
 
 
