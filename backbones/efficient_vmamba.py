@@ -93,7 +93,7 @@ class AtrousSS2D(SS2D):
         H, W = u.shape[1:3]
         table, visited = _subgrids(H, W, self.rate, u.device)
         tokens = u.flatten(1, 2)
-        y = self.ssm.walk(tokens, self._project(tokens, visited), table, self.reverse)
+        y = self.ssm.walk(tokens, self._project(tokens, visited), table, self.reverse, partition=True)
         return y.unflatten(1, (H, W))
 
     def _project(self, u: Tensor, visited: Tensor) -> Paths:

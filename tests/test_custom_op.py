@@ -29,7 +29,7 @@ INPUTS = {
     "depthwise_conv2d": (randn(2, 4, 5, 3), randn(3, 3, 3), randn(3), "silu"),
     "selective_scan": (
         *(randn(2, 1, 20, 4), randn(2, 2, 20, 4), decays(2, 4, 3), randn(2, 2, 20, 1, 3), randn(2, 2, 20, 1, 3)),
-        *(randn(2, 4), None, randn(2, 4), None, None, True, [0, 1], 1, False, True),
+        *(randn(2, 4), None, randn(2, 4), None, None, True, [0, 1], 1, False, False, True),
     ),
     "ssd": (
         *(randn(1, 1, 12, 2, 4), randn(1, 1, 12, 2), None, randn(1, 1, 12, 1, 3), randn(1, 1, 12, 1, 3)),

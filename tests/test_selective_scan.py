@@ -28,6 +28,7 @@ class Case:
     shared_u: bool = False
     table: bool = False
     complete: bool = False
+    partition: bool = False
     softplus: bool = True
     window: int = 1
     optional: tuple[str, ...] = ("D", "z", "delta_bias")
@@ -61,13 +62,24 @@ class Case:
         }
 
     def paths(self, device: str) -> Tensor | None:
-        """Random orders: partial ones with a zero token in the middle and steps past the end, or complete ones."""
+        """Random orders: partial ones with a zero token in the middle and steps past the end, or complete ones.
+
+        Those of a partition have a zero token, and steps past the end, unless they are equally long.
+        """
         if not self.table:
             return None
         generator = torch.Generator().manual_seed(1)
         if self.complete:  # every order is walked by K / U paths
             orders = max(1, self.K // 2)
             return torch.stack([torch.randperm(self.L, generator=generator) for _ in range(orders)]).to(device)
+        if self.partition:
+            parts = torch.randperm(self.L, generator=generator).tensor_split(self.K)
+            if self.L % self.K == 0:
+                return torch.stack(parts).to(device)
+            table = torch.full((self.K, len(parts[0]) + 2), -2)
+            for row, part in zip(table, parts, strict=True):
+                row[: len(part) + 1] = torch.cat([part[:1], torch.tensor([-1]), part[1:]])
+            return table.to(device)
         table = torch.full((self.K, self.L), -2)
         for k in range(self.K):
             visited = self.L - self.L // 4
@@ -100,6 +112,11 @@ CASES = {
     "regions_window": Case(1, 4 * CHUNK + 9, 3, 12, K=2, window=8, optional=("D", "z", "initial_state")),
     "regions_table": Case(1, 4 * CHUNK + 9, 3, 2, K=2, table=True, optional=("z", "initial_state")),
     "orders": Case(2, 15, 5, 9, K=4, table=True, complete=True),
+    "partition": Case(2, 40, 6, 3, K=4, shared_u=True, table=True, partition=True),
+    "partition_uneven": Case(1, 39, 5, 4, K=2, table=True, partition=True, optional=("D", "z", "initial_state")),
+    "partition_single": Case(1, 11, 5, 1, table=True, partition=True),
+    "partition_window": Case(1, 38, 5, 16, K=4, shared_u=True, table=True, partition=True, window=4, optional=("D",)),
+    "regions_partition": Case(1, 8 * CHUNK + 19, 3, 2, K=2, shared_u=True, table=True, partition=True),
 }
 INTERPRETED = (
     "window_table",
@@ -114,6 +131,9 @@ INTERPRETED = (
     "regions_window",
     "regions_table",
     "orders",
+    "partition",
+    "partition_uneven",
+    "regions_partition",
 )  # the interpreter takes seconds a case
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -126,8 +146,9 @@ def run_op(case: Case, inputs: dict, cotangents: tuple, backend_name: str, for_b
     with use_backend(backend_name):
         table, inputs_in_order = case.paths(str(inputs["u"].device)), [inputs[name] for name in NAMES]
         out, last_state, _ = torch.ops.zoo.selective_scan(
-            *inputs_in_order, table, case.softplus, case.reverse, case.window, case.complete, True
-        )
+            *inputs_in_order, table, case.softplus, case.reverse, case.window, case.complete,
+            case.partition, True,
+        )  # fmt: skip
     loss = (out.double() * cotangents[0]).sum() + (last_state.double() * cotangents[1]).sum()
     with use_backend(for_backward or backend_name):
         grads = torch.autograd.grad(loss, list(given.values()))
@@ -378,7 +399,7 @@ def test_gradients_lie_in_memory_as_the_compiler_was_told(backend_name, device, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case_name", ["bidirectional", "table", "bare"])
+@pytest.mark.parametrize("case_name", ["bidirectional", "table", "bare", "partition_uneven"])
 def test_opcheck(device, case_name):
     case = CASES[case_name]
     inputs = case.inputs(torch.float32, device)
@@ -389,6 +410,7 @@ def test_opcheck(device, case_name):
         case.reverse,
         case.window,
         case.complete,
+        case.partition,
         True,
     )
     torch.library.opcheck(torch.ops.zoo.selective_scan.default, args)
@@ -451,6 +473,9 @@ def good_inputs() -> dict:
         (dict(B=torch.randn(2, 7, 3, 3), C=torch.randn(2, 7, 3, 3)), r"4 channels do not divide into 3 groups"),
         (dict(paths=torch.zeros(7)), r"int32 or int64 table"),
         (dict(paths=torch.full((7,), 7)), r"paths names token 7"),
+        (dict(paths=torch.arange(6), complete=True), r"complete=True promises .* 6 entries, the lowest 0"),
+        (dict(paths=torch.arange(6), partition=True), r"each of 7 tokens is on exactly one path; .* have 6"),
+        (dict(partition=True), r"partition=True needs a row of paths for each of 1, got 0"),
         (dict(window=5), r"window must be one of 1, 2, 4, 8, 16, got 5"),
         (dict(reverse=[True, False]), r"reverse has 2 flags for 1 path"),
         (dict(z=torch.empty(2, 7, 4, device="meta")), r"z is on meta but u is on cpu"),

@@ -28,6 +28,16 @@ def random_table(orders: int, L: int, complete: bool, draw: random.Random) -> Te
     return rows
 
 
+def random_partition(K: int, L: int, draw: random.Random) -> Tensor:
+    """Every token on one of K paths, of any lengths, with zero tokens and steps past the end."""
+    rows = [[] for _ in range(K)]
+    for token in draw.sample(range(L), L):
+        row = draw.choice(rows)
+        row += [token] if draw.random() < 0.9 else [token, -1]
+    width = max(map(len, rows))
+    return torch.tensor([row + [-2] * (width - len(row)) for row in rows])
+
+
 def random_case(seed: int, largest: int) -> tuple[dict[str, Tensor | None], dict]:
     """Float64 inputs by name, and the options of the op.
 
@@ -40,7 +50,7 @@ def random_case(seed: int, largest: int) -> tuple[dict[str, Tensor | None], dict
     N = draw.choice([1, 2, 3, 4, 8, 16, 16, 24, 32, 64])
     D = G * draw.choice([1, 3, 8, 20, 33, 96])
     orders = draw.choice([order for order in (1, 2, 4) if K % order == 0])
-    kind, window = draw.choice(["none", "none", "partial", "complete"]), draw.choice([1, 1, 1, 2, 8, 16])
+    kind, window = draw.choice(["none", "partition", "partial", "complete"]), draw.choice([1, 1, 1, 2, 8, 16])
     softplus = draw.random() < 0.7
 
     def normal(*shape: int) -> Tensor:
@@ -57,13 +67,14 @@ def random_case(seed: int, largest: int) -> tuple[dict[str, Tensor | None], dict
         delta_bias=normal(K, D).abs() * 0.3 if draw.random() < 0.5 else None,
         initial_state=normal(batch, K, D, N) if draw.random() < 0.3 else None,
     )
+    table = None if kind == "none" else random_table(orders, L, kind == "complete", own)
     options = dict(
-        paths=None if kind == "none" else random_table(orders, L, kind == "complete", own),
+        paths=random_partition(K, L, own) if kind == "partition" else table,
         delta_softplus=softplus,
         reverse=[draw.random() < 0.5 for _ in range(K)],
         window=window,
     )
-    return inputs, {**options, "complete": kind == "complete"}
+    return inputs, {**options, "complete": kind == "complete", "partition": kind == "partition"}
 
 
 def gradients(outputs: tuple[Tensor, Tensor], inputs: dict[str, Tensor | None], seed: int) -> dict[str, Tensor]:
@@ -81,7 +92,7 @@ def check(seed: int, backend: str, device: str, dtype: torch.dtype, tolerance: f
     exact, options = random_case(seed, largest)
     rounded = {name: None if x is None else x.to(dtype) for name, x in exact.items()}
     expected_inputs = {name: None if x is None else x.double().requires_grad_() for name, x in rounded.items()}
-    definition = {name: value for name, value in options.items() if name != "complete"}
+    definition = {name: value for name, value in options.items() if name not in ("complete", "partition")}
     outputs = selective_scan_reference(*(expected_inputs[name] for name in NAMES), **definition)[:2]
     expected = gradients(outputs, expected_inputs, seed)
     given = {name: None if x is None else x.to(device).requires_grad_() for name, x in rounded.items()}
@@ -94,6 +105,7 @@ def check(seed: int, backend: str, device: str, dtype: torch.dtype, tolerance: f
             options["reverse"],
             options["window"],
             options["complete"],
+            options["partition"],
             True,
         )
         got = gradients((out, last_state), given, seed)

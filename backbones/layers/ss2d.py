@@ -147,16 +147,17 @@ class SelectivePaths(nn.Module):
         table: Tensor | None = None,
         reverse: tuple[bool, ...] = (False,),
         complete: bool = False,
+        partition: bool = False,
     ) -> Tensor:
         """Scans tokens (B, L, E) along paths; returns the sum of what they put on every token (B, L, E).
 
-        ``table``, ``reverse`` and ``complete`` are those of :func:`~zoo.kernels.selective_scan`.
+        ``table``, ``reverse``, ``complete`` and ``partition`` are those of :func:`~zoo.kernels.selective_scan`.
         """
         if u.dtype == torch.float16:  # the sum over paths overflows it in training
             u, paths = u.float(), Paths(*(x.float() for x in paths))
         return selective_scan(
             u, **paths._asdict(), delta_softplus=True, paths=table, reverse=reverse, window=self.lb_window,
-            complete=complete,
+            complete=complete, partition=partition,
         )  # fmt: skip
 
     def forward(

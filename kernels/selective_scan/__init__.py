@@ -43,6 +43,7 @@ def selective_scan(
     reverse: bool | Sequence[bool] = False,
     window: int = 1,
     complete: bool = False,
+    partition: bool = False,
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -70,6 +71,8 @@ def selective_scan(
             step of the path; the last one may be shorter. The last state is that of the plain scan.
         complete: Promises that every row of ``paths`` has all tokens and nothing else, which spares a buffer of zeros
             and a pass over it. A promise broken by a table on a GPU, where it is not checked, gives wrong results.
+        partition: Promises that every token is on exactly one path, as on sub-grids, which spares the same. Each path
+            has a row of ``paths``.
         initial_state: State before the first step, (B, D, N). Default zeros.
         return_last_state: Whether to return the state after the last step too.
 
@@ -112,7 +115,8 @@ def selective_scan(
     reverse = [int(reverse)] * A.shape[0] if isinstance(reverse, bool) else list(map(int, reverse))
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out, last_state, _ = op.selective_scan_op(*inputs, paths, delta_softplus, reverse, window, complete, needs_grad)
+    options = (delta_softplus, reverse, window, complete, partition)
+    out, last_state, _ = op.selective_scan_op(*inputs, paths, *options, needs_grad)
     if not return_last_state:
         return out
     return out, (last_state if several else last_state.squeeze(1))

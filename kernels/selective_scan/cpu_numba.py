@@ -168,6 +168,7 @@ def forward(
     reverse: list[bool],
     window: int,
     complete: bool,
+    partition: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, L, D), last state (B, K, D, N) and chunk-boundary states (B, K, chunks, N, D)."""
@@ -204,6 +205,7 @@ def backward(
     reverse: list[bool],
     window: int,
     complete: bool,
+    partition: bool,
 ) -> list[Tensor]:
     """Gradients of the tensors given, in argument order."""
     complete = complete or paths is None

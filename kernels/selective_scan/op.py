@@ -117,9 +117,15 @@ def check_inputs(
     )
 
 
-def _check_table(paths: Tensor, L: int, complete: bool) -> None:
+def _check_table(paths: Tensor, L: int, complete: bool, partition: bool) -> None:
     check_tokens("selective_scan", paths, L)
     lowest = int(paths.min())
+    visited = paths[paths >= 0]
+    if partition and (len(visited) != L or len(visited.unique()) != L):
+        raise ValueError(
+            f"selective_scan: partition=True promises that each of {L} tokens is on exactly one path; paths have "
+            f"{len(visited)} entries, of which {len(visited.unique())} are different"
+        )
     if complete and (paths.shape[1] != L or lowest < 0):
         raise ValueError(
             f"selective_scan: complete=True promises rows of paths with all {L} tokens and nothing else; "
@@ -143,11 +149,15 @@ def selective_scan_op(
     reverse: list[int],
     window: int,
     complete: bool,
+    partition: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse, window)
+    rows = 0 if paths is None else len(paths)
+    if partition and rows != len(A):
+        raise ValueError(f"selective_scan: partition=True needs a row of paths for each of {len(A)}, got {rows}")
     if paths is not None and not paths.is_cuda:  # reading a GPU's table would stall it
-        _check_table(paths, u.shape[2], complete)
+        _check_table(paths, u.shape[2], complete, partition)
     return implementation("selective_scan", u.device).forward(
         u,
         delta,
@@ -163,13 +173,29 @@ def selective_scan_op(
         as_flags(reverse),
         window,
         complete,
+        partition,
         save_states,
     )
 
 
 @selective_scan_op.register_fake
 def _(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, reverse, window, complete, save_states
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    initial_state,
+    paths,
+    delta_softplus,
+    reverse,
+    window,
+    complete,
+    partition,
+    save_states,
 ):
     check_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, paths, reverse, window)
     batch, _, L, channels = u.shape
@@ -202,6 +228,7 @@ def selective_scan_backward_op(
     reverse: list[int],
     window: int,
     complete: bool,
+    partition: bool,
 ) -> list[Tensor]:
     """Gradients of u, delta, A, B, C, then of D, z, delta_bias and initial_state as far as they were given.
 
@@ -211,6 +238,7 @@ def selective_scan_backward_op(
     grads = implementation("selective_scan", u.device).backward(
         grad_out, grad_last_state, states,
         u, delta, A, B, C, D, z, delta_bias, initial_state, paths, delta_softplus, as_flags(reverse), window, complete,
+        partition,
     )  # fmt: skip
     d_u, d_delta, *others = grads
     return [in_order_of(u, d_u), in_order_of(delta, d_delta), *(grad.contiguous() for grad in others)]
@@ -235,16 +263,17 @@ def _(
     reverse,
     window,
     complete,
+    partition,
 ):
     others = [x.new_empty(x.shape) for x in (A, B, C, D, z, delta_bias, initial_state) if x is not None]
     return [*(new_in_order_of(x, x.new_empty) for x in (u, delta)), *others]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, delta_softplus, reverse, window, complete, save_states = inputs
+    *tensors, delta_softplus, reverse, window, complete, partition, save_states = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2], *tensors)
-    ctx.options, ctx.save_states = (delta_softplus, reverse, window, complete), save_states
+    ctx.options, ctx.save_states = (delta_softplus, reverse, window, complete, partition), save_states
     ctx.mark_non_differentiable(output[2])
 
 
@@ -257,7 +286,7 @@ def _backward(ctx, grad_out, grad_last_state, _):
     grads = selective_scan_backward_op(grad_out, grad_last_state, states, u, *rest, *ctx.options)
     remaining = iter(grads)
     inputs = (u, *rest[:-1])  # all but paths
-    return (*[None if x is None else next(remaining) for x in inputs], *[None] * 6)
+    return (*[None if x is None else next(remaining) for x in inputs], *[None] * 7)
 
 
 selective_scan_op.register_autograd(_backward, setup_context=_setup_context)

@@ -110,5 +110,5 @@ def projected_scan(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit together.
     """
-    options = paths, True, [int(flag) for flag in reverse], window, complete
+    options = paths, True, [int(flag) for flag in reverse], window, complete, False
     return _ProjectedScan.apply(u, x_weight, dt_weight, A, D, delta_bias, dtype or u.dtype, *options)

@@ -117,6 +117,7 @@ def forward(
     reverse: list[bool],
     window: int,
     complete: bool,
+    partition: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's forward. The backward below recomputes from the start, but that of another backend may follow."""
@@ -146,6 +147,7 @@ def backward(
     reverse: list[bool],
     window: int,
     complete: bool,
+    partition: bool,
 ) -> list[Tensor]:
     """Gradients of the tensors given, in argument order, by the chain rule one step at a time."""
     dtype = accumulate_dtype(u)

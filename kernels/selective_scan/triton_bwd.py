@@ -16,6 +16,7 @@ from zoo.kernels.registration import accumulate_dtype, path_length
 from zoo.kernels.selective_scan.op import chunk_length, new_in_order_of, num_chunks, paths_first
 from zoo.kernels.selective_scan.triton_common import (
     block_shape,
+    has_holes,
     offset_type,
     pack_projections,
     path_lengths,
@@ -56,6 +57,7 @@ def backward(
     reverse: list[bool],
     window: int,
     complete: bool,
+    partition: bool,
 ) -> list[Tensor]:
     """Gradients of the tensors given, in argument order."""
     dtype = accumulate_dtype(u)
@@ -80,8 +82,9 @@ def backward(
     programs = ceil_div(items, ceil_div(items, places))  # all have as many items, but for the last one
     reverse_mask = sum(1 << k for k in range(K) if reverse[k])
     orders = 1 if paths is None else paths.shape[0]
-    sum_u = shared == 1 and (K > 1 or not complete) and not side
-    sum_y = z is not None and (K > 1 or not complete)
+    several = (K > 1 or not complete) and not partition  # paths may be on a token, or none
+    sum_u = shared == 1 and several and not side
+    sum_y = z is not None and several
 
     def new(*shape: int | torch.Size, dtype: torch.dtype = dtype) -> Tensor:
         """A buffer that kernels fill; if a table does not visit every token, it starts as zeros."""
@@ -117,14 +120,15 @@ def backward(
     z = None if z is None else contiguous_channels(z)
     A, entering = states_first(A), states_first(grad_last_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
-    lengths = None if complete else path_lengths(paths)
+    holes = has_holes(paths, L, complete, partition)
+    lengths = path_lengths(paths) if holes else None
     u_strides = (u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2))
     z_strides = (0, 0) if z is None else z.stride()[:2]
     strides = (*delta.stride()[:3], *z_strides, *grad_out.stride()[:2])
     row_strides = (u.stride(2), delta.stride(2), packed.stride(2), grad_out.stride(1), z_strides[1], channels)
     options = dict(
         N=N, SOFTPLUS=delta_softplus, HAS_Z=z is not None, **block,
-        HAS_BIAS=delta_bias is not None, HAS_TABLE=paths is not None, HOLES=not complete, MIRRORED=launches[0].mirrored,
+        HAS_BIAS=delta_bias is not None, HAS_TABLE=paths is not None, HOLES=holes, MIRRORED=launches[0].mirrored,
         COARSE=delta.dtype.itemsize == 2, ACC=acc, OFFSET=offset_type(L, *row_strides),
         num_stages=1,  # the kernel fetches ahead by itself
     )  # fmt: skip
@@ -152,7 +156,8 @@ def backward(
                 CHUNK=chunk, SPAN=span, SEGMENT=segment, WINDOW=window, HAS_D=D is not None,
                 HAS_ENTERING=entering is not None,
                 HAS_DINITIAL=dinitial is not None, SPLIT=splits > 1, SIDE=side, SUM_U=sum_u, SUM_Y=sum_y,
-                COMPLETE=complete, LOT=lot, HALF=half, PTX=runs_ptx(u.device), MATRIX=matrix,
+                COMPLETE=complete, PARTITION=partition, ONE_U=du.shape[1] == 1, LOT=lot, HALF=half,
+                PTX=runs_ptx(u.device), MATRIX=matrix,
                 U_PATHS_FIRST=paths_first(du), PATHS_FIRST=paths_first(ddelta), TAIL=channels // groups % block_d > 0,
                 **options,
             )  # fmt: skip
@@ -160,7 +165,7 @@ def backward(
         add_partials_kernel[(ceil_div(rows, block_rows),)](
             partial, dB, dC, blocks, rows, N=N, BLOCK_N=block_n, ROWS=block_rows, num_warps=2
         )
-    if not complete and z is not None:
+    if sum_y and not complete:
         gate = torch.sigmoid(z.to(dtype))
         dz = grad_out.to(dtype) * y_sum * gate * (1 + z.to(dtype) * (1 - gate))
     if split_u:

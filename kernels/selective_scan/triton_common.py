@@ -12,6 +12,7 @@ __all__ = [
     "PLAIN_NUMBERS",
     "block_shape",
     "exp_of_minus_abs",
+    "has_holes",
     "log1p_of_unit",
     "offset_type",
     "pack_projections",
@@ -302,6 +303,11 @@ def states_first(x: Tensor | None) -> Tensor | None:
 def path_lengths(paths: Tensor) -> Tensor:
     """Steps of every row of a table (U, P), (U,): its columns before the first -2."""
     return (paths >= -1).sum(1, dtype=torch.int32)
+
+
+def has_holes(paths: Tensor | None, L: int, complete: bool, partition: bool) -> bool:
+    """Whether a table may have entries that are no tokens. If it has as many as a partition's tokens, all are."""
+    return not (complete or paths is None or (partition and paths.numel() == L))
 
 
 def offset_type(L: int, *row_strides: int) -> tl.dtype:

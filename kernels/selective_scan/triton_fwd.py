@@ -18,6 +18,7 @@ from zoo.kernels.selective_scan.op import chunk_length, num_chunks
 from zoo.kernels.selective_scan.triton_common import (
     PLAIN_NUMBERS,
     block_shape,
+    has_holes,
     offset_type,
     pack_projections,
     path_lengths,
@@ -70,14 +71,15 @@ def scan_kernel(
     CHUNK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_TABLE: tl.constexpr, HOLES: tl.constexpr, SPLIT: tl.constexpr, SIDE: tl.constexpr, MIRRORED: tl.constexpr,
-    SAVE: tl.constexpr, MERGE: tl.constexpr, COMPLETE: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
-    OFFSET: tl.constexpr,
+    SAVE: tl.constexpr, MERGE: tl.constexpr, COMPLETE: tl.constexpr, PARTITION: tl.constexpr, COARSE: tl.constexpr,
+    ACC: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a region of the paths first, first + stride... (count of them).
 
     ``initial`` holds the states before the first step, or with SPLIT those that enter every region. MERGE if outputs of
     several paths are added; COMPLETE if every path visits every token, so that the first path need not add and the last
-    one can finish the output. SIDE if there is a program and an output (B, K, L, D) for every path.
+    one can finish the output; PARTITION if every token is on a single path, which finishes it. SIDE if there is a
+    program and an output (B, K, L, D) for every path.
     """
     blocks = tl.cdiv(group_channels, BLOCK_D)
     group = tl.program_id(0) // blocks
@@ -126,7 +128,7 @@ def scan_kernel(
             h = tl.load(initial + (path * splits + split) * N * channels + cell, mask=state_mask, other=0.0)
         elif HAS_INITIAL:
             h = tl.load(initial + path * N * channels + cell, mask=state_mask, other=0.0).to(ACC)
-        finishes = SIDE | (k == K - 1)
+        finishes = SIDE | PARTITION | (k == K - 1)
         adds = (k > 0) | (not COMPLETE)
         passes_on = (not finishes) | (not COMPLETE)
 
@@ -185,7 +187,7 @@ def scan_kernel(
                 merged_to = merged_at[None, :] + tokens[:, None] * channels
                 y += tl.where(adds, tile_at(tokens, merged_at, channels, HOLES), 0.0)
                 tl.store(merged_to, y, mask=mask & passes_on)
-            if COMPLETE:
+            if COMPLETE or PARTITION:
                 if HAS_Z:
                     z_t = tile_at(tokens, z_at, z_l, HOLES).to(ACC)
                     y = y * z_t * sigmoid(z_t)
@@ -211,6 +213,7 @@ def forward(
     reverse: list[bool],
     window: int,
     complete: bool,
+    partition: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, L, D), last state (B, K, D, N) and chunk-boundary states (B, K, chunks, N, D)."""
@@ -224,7 +227,7 @@ def forward(
     chunks = num_chunks(steps, chunk) if save_states else 0
     complete = complete or paths is None
     side = side_by_side(u, A, z, complete)
-    merge = (K > 1 or not complete) and not side
+    merge = (K > 1 or not complete) and not side and not partition
     block = block_shape(N, channels // groups)
     launches, splits, region = plan_launches(u, A, groups, paths, window, side)
     reverse_mask = sum(1 << k for k in range(K) if reverse[k])
@@ -243,7 +246,7 @@ def forward(
     z = None if z is None else contiguous_channels(z)
     A, entering = states_first(A), states_first(initial_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
-    lengths = None if complete else path_lengths(paths)
+    lengths = path_lengths(paths) if has_holes(paths, L, complete, partition) else None
     packed = pack_projections(B, C, dtype, block["BLOCK_N"])
     u_strides = (u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2))
     z_strides = (0, 0) if z is None else z.stride()[:2]
@@ -251,7 +254,7 @@ def forward(
     common = dict(N=N, ACC=acc, **{name: block.pop(name) for name in ("BLOCK_N", "BLOCK_D", "num_warps")})
     scan = dict(
         **block, SOFTPLUS=delta_softplus, HAS_BIAS=delta_bias is not None, HAS_TABLE=paths is not None,
-        HOLES=not complete, COARSE=delta.dtype.itemsize == 2,
+        HOLES=has_holes(paths, L, complete, partition), COARSE=delta.dtype.itemsize == 2,
         OFFSET=offset_type(L, u.stride(2), delta.stride(2), packed.stride(2), channels, z_strides[1]),
     )  # fmt: skip
     blocks = groups * ceil_div(channels // groups, common["BLOCK_D"])
@@ -276,10 +279,10 @@ def forward(
                 channels // groups, reverse_mask, chunks, region, splits, *u_strides, *delta.stride()[:3], *z_strides,
                 CHUNK=chunk, WINDOW=window, HAS_D=D is not None, HAS_Z=z is not None,
                 HAS_INITIAL=entering is not None, SPLIT=splits > 1, SIDE=side, MIRRORED=launch.mirrored,
-                SAVE=save_states, MERGE=merge, COMPLETE=complete, **common, **scan,
+                SAVE=save_states, MERGE=merge, COMPLETE=complete, PARTITION=partition, **common, **scan,
             )  # fmt: skip
     if side:
         out = add_paths(out.view(batch, K, L, channels))
-    if not complete:
+    if merge and not complete:
         out = (merged if z is None else merged * torch.nn.functional.silu(z.to(dtype))).to(u.dtype)
     return out, last_state.transpose(2, 3), states

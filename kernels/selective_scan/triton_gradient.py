@@ -54,8 +54,9 @@ def scan_gradient_kernel(
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ENTERING: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_TABLE: tl.constexpr, HOLES: tl.constexpr,
     SPLIT: tl.constexpr, SIDE: tl.constexpr, MIRRORED: tl.constexpr, SUM_U: tl.constexpr, SUM_Y: tl.constexpr,
-    COMPLETE: tl.constexpr, MATRIX: tl.constexpr, COARSE: tl.constexpr, LOT: tl.constexpr, HALF: tl.constexpr,
-    PTX: tl.constexpr, U_PATHS_FIRST: tl.constexpr, PATHS_FIRST: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+    COMPLETE: tl.constexpr, PARTITION: tl.constexpr, ONE_U: tl.constexpr, MATRIX: tl.constexpr, COARSE: tl.constexpr,
+    LOT: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr, U_PATHS_FIRST: tl.constexpr, PATHS_FIRST: tl.constexpr,
+    TAIL: tl.constexpr, ACC: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a region of the paths first, first + stride... (count of them).
@@ -117,7 +118,7 @@ def scan_gradient_kernel(
             delta_at = delta + b * delta_b + k * delta_k + d_tile
             packed_at = packed + (path * L * groups + group) * 2 * BLOCK_N
             B_at, BC_at = packed_at + n, packed_at + tl.arange(0, 2 * BLOCK_N)
-            du_at = du + (b if SUM_U else k * batch + b if U_PATHS_FIRST else path) * L * channels + d_tile
+            du_at = du + (b if ONE_U else k * batch + b if U_PATHS_FIRST else path) * L * channels + d_tile
             ddelta_at = ddelta + (k * batch + b if PATHS_FIRST else path) * L * channels + d_tile
             partial_at = partial + (((block * batch + path // K) * K + k) * L * groups + group) * 2 * BLOCK_N
             A_k = tl.load(A + k * N * channels + cell, mask=state_mask, other=0.0).to(ACC) * LOG2E
@@ -138,7 +139,7 @@ def scan_gradient_kernel(
             dD_k = tl.zeros([BLOCK_D], ACC)
             dbias_k = tl.zeros([BLOCK_D], ACC)
             adds = (k > 0) | (not COMPLETE)
-            finishes = k == K - 1
+            finishes = PARTITION | (k == K - 1)
             passes_on = (k < K - 1) | (not COMPLETE)
 
             span = region  # what one round goes through: all chunks, or as much as can be parked
@@ -367,7 +368,7 @@ def scan_gradient_kernel(
                         tl.store(du_at[None, :] + row_cells, du_s.to(du.dtype.element_ty), mask=du_mask)
                     if SUM_Y:
                         tl.store(y_at[None, :] + row_cells, tile_of(ys, SEGMENT), mask=mask & passes_on)
-                    if HAS_Z and COMPLETE:
+                    if HAS_Z and (COMPLETE or PARTITION):
                         dz_s = tile_of(dz_t, SEGMENT)
                         tl.store(dz_at[None, :] + row_cells, dz_s.to(dz.dtype.element_ty), mask=mask & finishes)
 

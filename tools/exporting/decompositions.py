@@ -185,6 +185,7 @@ def selective_scan(
     reverse: list[bool],
     window: int,
     complete: bool,
+    partition: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``zoo::selective_scan`` around :func:`recurrence`; the states for a backward are left out."""
