@@ -120,12 +120,13 @@ def check_inputs(
 def _check_table(paths: Tensor, L: int, complete: bool, partition: bool) -> None:
     check_tokens("selective_scan", paths, L)
     lowest = int(paths.min())
-    visited = paths[paths >= 0]
-    if partition and (len(visited) != L or len(visited.unique()) != L):
-        raise ValueError(
-            f"selective_scan: partition=True promises that each of {L} tokens is on exactly one path; paths have "
-            f"{len(visited)} entries, of which {len(visited.unique())} are different"
-        )
+    if partition:
+        visited = paths[paths >= 0]
+        if len(visited) != L or len(visited.unique()) != L:
+            raise ValueError(
+                f"selective_scan: partition=True promises that each of {L} tokens is on exactly one path; paths have "
+                f"{len(visited)} entries, of which {len(visited.unique())} are different"
+            )
     if complete and (paths.shape[1] != L or lowest < 0):
         raise ValueError(
             f"selective_scan: complete=True promises rows of paths with all {L} tokens and nothing else; "
