@@ -115,13 +115,13 @@ def backward(
     scratch = None if lot or not parked else u.new_empty(programs, parked, dtype=parked_dtype)
 
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    packed = pack_projections(B, C, dtype, block_n)
     u, delta, grad_out = contiguous_channels(u), contiguous_channels(delta), contiguous_channels(grad_out)
     z = None if z is None else contiguous_channels(z)
     A, entering = states_first(A), states_first(grad_last_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
     holes = has_holes(paths, L, complete, partition)
     lengths = path_lengths(paths) if holes else None
+    packed = pack_projections(B, C, dtype, block_n, paths if partition and not holes else None)
     u_strides = (u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2))
     z_strides = (0, 0) if z is None else z.stride()[:2]
     strides = (*delta.stride()[:3], *z_strides, *grad_out.stride()[:2])

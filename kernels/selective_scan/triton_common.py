@@ -237,36 +237,49 @@ def region_of(split, region, steps, mirrored):
 
 @triton.jit
 def pack_kernel(
-    B, C, packed, paths, L, groups, B_b, B_k, B_l, B_g, B_n, C_b, C_k, C_l, C_g, C_n,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    B, C, packed, table, paths, L, P, groups, B_b, B_k, B_l, B_g, B_n, C_b, C_k, C_l, C_g, C_n,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     path = tl.program_id(1).to(tl.int64)
     b, k = path // paths, path % paths
     n = tl.arange(0, BLOCK_N)
-    token, group = (row // groups).to(tl.int64), row % groups
-    inside = row < L * groups
+    inside = row < P * groups
+    token, group = row // groups, row % groups
+    if HAS_TABLE:
+        token = tl.load(table + k * P + token, mask=inside, other=0)
+    token = token.to(tl.int64)
     mask = inside[:, None] & (n < N)[None, :]
     from_B = B + b * B_b + k * B_k + (token * B_l + group * B_g)[:, None] + n[None, :] * B_n
     from_C = C + b * C_b + k * C_k + (token * C_l + group * C_g)[:, None] + n[None, :] * C_n
-    to = packed + ((path * L * groups + row) * 2 * BLOCK_N)[:, None] + n[None, :]
+    to = packed + (((path * L + token) * groups + group) * 2 * BLOCK_N)[:, None] + n[None, :]
     into = packed.dtype.element_ty
     tl.store(to, tl.load(from_B, mask=mask, other=0.0).to(into), mask=inside[:, None])
     tl.store(to + BLOCK_N, tl.load(from_C, mask=mask, other=0.0).to(into), mask=inside[:, None])
 
 
-def pack_projections(B: Tensor, C: Tensor, dtype: torch.dtype, block_n: int) -> Tensor:
+def pack_projections(B: Tensor, C: Tensor, dtype: torch.dtype, block_n: int, visited: Tensor | None = None) -> Tensor:
     """B and C (B, K, L, G, N) side by side, widened and padded with zeros: (B, K, L, G, 2, block_n).
 
     Every lane of every warp reads these rows; converting them there takes a fifth of the forward's instructions.
+
+    Args:
+        B: See above.
+        C: See above.
+        dtype: What they are widened to.
+        block_n: What N is padded to.
+        visited: Table (K, P) of the tokens whose rows will be read, all of them tokens; the other rows are left to
+            chance. Default: all rows are made.
     """
     batch, K, L, groups, N = B.shape
+    steps = L if visited is None else visited.shape[1]
     packed = torch.empty(batch, K, L, groups, 2, block_n, dtype=dtype, device=B.device)
     rows = 64
     with device_guard(B.device):
-        pack_kernel[(ceil_div(L * groups, rows), batch * K)](
-            B, C, packed, K, L, groups, *B.stride(), *C.stride(), N=N, BLOCK_N=block_n, ROWS=rows, num_warps=4
-        )
+        pack_kernel[(ceil_div(steps * groups, rows), batch * K)](
+            B, C, packed, visited, K, L, steps, groups, *B.stride(), *C.stride(), N=N, BLOCK_N=block_n, ROWS=rows,
+            HAS_TABLE=visited is not None, num_warps=4,
+        )  # fmt: skip
     return packed
 
 

@@ -246,15 +246,16 @@ def forward(
     z = None if z is None else contiguous_channels(z)
     A, entering = states_first(A), states_first(initial_state)
     D, delta_bias, paths = (None if x is None else x.contiguous() for x in (D, delta_bias, paths))
-    lengths = path_lengths(paths) if has_holes(paths, L, complete, partition) else None
-    packed = pack_projections(B, C, dtype, block["BLOCK_N"])
+    holes = has_holes(paths, L, complete, partition)
+    lengths = path_lengths(paths) if holes else None
+    packed = pack_projections(B, C, dtype, block["BLOCK_N"], paths if partition and not holes else None)
     u_strides = (u.stride(0), u.stride(1) if shared > 1 else 0, u.stride(2))
     z_strides = (0, 0) if z is None else z.stride()[:2]
     block["UNROLL"] = max(block["UNROLL"], min(window, 8))  # a window, or half of it, is walked backwards in registers
     common = dict(N=N, ACC=acc, **{name: block.pop(name) for name in ("BLOCK_N", "BLOCK_D", "num_warps")})
     scan = dict(
         **block, SOFTPLUS=delta_softplus, HAS_BIAS=delta_bias is not None, HAS_TABLE=paths is not None,
-        HOLES=has_holes(paths, L, complete, partition), COARSE=delta.dtype.itemsize == 2,
+        HOLES=holes, COARSE=delta.dtype.itemsize == 2,
         OFFSET=offset_type(L, u.stride(2), delta.stride(2), packed.stride(2), channels, z_strides[1]),
     )  # fmt: skip
     blocks = groups * ceil_div(channels // groups, common["BLOCK_D"])
