@@ -75,7 +75,7 @@ class Case:
         if self.walk == "partial":
             table[:, self.L // 2] = -1
             table[0, self.L - self.L // 3 :] = -2
-        return [table, self.softplus, [k % 2 == 1 for k in range(self.K)], self.window, self.walk == "complete"]
+        return [table, self.softplus, [k % 2 == 1 for k in range(self.K)], self.window, self.walk == "complete", False]
 
 
 CASES = {
@@ -158,7 +158,7 @@ def test_large_inputs_over_many_steps(name):
 def test_a_table_without_steps_gives_the_skip_of_nothing(name):
     case = Case(K=1)
     inputs, cotangents = case.inputs(torch.float32), cotangents_for(case)
-    options = [torch.full((1, 5), -2), True, [False], 1, False]
+    options = [torch.full((1, 5), -2), True, [False], 1, False, False]
     got = results(code(name), inputs, options, cotangents)
     assert torch.equal(got["last_state"], inputs[-1]) and not got["out"].any()
     assert torch.equal(got["dinitial_state"].double(), cotangents[1].float().double())
