@@ -134,8 +134,7 @@ class LocalSS2D(nn.Module):
                 y = F.layer_norm(y * weight, y.shape[-1:])
                 weight = self.direction_weight.softmax(0)[k].to(y.dtype)
             out = torch.addcmul(out, y, weight)
-        out = self.out_norm(out).to(z.dtype).unflatten(1, (H, W))
-        return self.out_proj(out * F.silu(z))
+        return self.out_proj(self.out_norm.gated(out.unflatten(1, (H, W)), z, "silu"))
 
     def _scan(self, u: Tensor, path: Paths, route: Route) -> Tensor:
         """Tokens (B, L, E) scanned along one direction, (B, L, E)."""

@@ -19,16 +19,19 @@ from zoo.kernels.dt_projection import (
     steps_of_rows,
 )
 from zoo.kernels.exporting import is_exporting
+from zoo.kernels.gated_norm import GATES, GateActivation, gated_layer_norm, gated_rms_norm
 from zoo.kernels.registration import without_autocast
 from zoo.kernels.selective_scan import LARGEST_WINDOW, projected_scan, selective_scan, selective_scan_fn
 from zoo.kernels.ssd import ssd
 
 __all__ = [
     "DEPTHWISE_KERNELS",
+    "GATES",
     "LARGEST_WINDOW",
     "MAX_NORM_CHANNELS",
     "Activation",
     "Backend",
+    "GateActivation",
     "activate",
     "add_layer_norm",
     "add_rms_norm",
@@ -38,6 +41,8 @@ __all__ = [
     "custom_op",
     "depthwise_conv2d",
     "dt_projection_backward",
+    "gated_layer_norm",
+    "gated_rms_norm",
     "is_exporting",
     "pad_projections",
     "project_rows",

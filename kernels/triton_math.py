@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["LOG2E", "normal_distribution", "sigmoid"]
+__all__ = ["LOG2E", "activate", "activation_slope", "normal_distribution", "sigmoid"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -38,3 +38,30 @@ def normal_distribution(x, COARSE: tl.constexpr):
         bell = tl.exp(-0.5 * x * x)
         below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     return below, 0.3989422804014327 * bell
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr, COARSE: tl.constexpr):
+    """``"silu"``, ``"gelu"``, ``"relu"`` or None of x; COARSE as above."""
+    if ACTIVATION == "silu":
+        x *= sigmoid(x)
+    if ACTIVATION == "gelu":
+        below, _ = normal_distribution(x, COARSE)
+        x *= below
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)  # leaves NaN
+    return x
+
+
+@triton.jit
+def activation_slope(x, ACTIVATION: tl.constexpr, COARSE: tl.constexpr):
+    """Derivative of the activation, which is not None, at x."""
+    if ACTIVATION == "silu":
+        gate = sigmoid(x)
+        slope = gate * (1 + x * (1 - gate))
+    if ACTIVATION == "gelu":
+        below, density = normal_distribution(x, COARSE)
+        slope = below + x * density
+    if ACTIVATION == "relu":
+        slope = tl.where(x > 0, 1.0, 0.0).to(x.dtype)
+    return slope

@@ -9,7 +9,7 @@ import torch
 
 from zoo.kernels import selective_scan
 from zoo.tools import benchmark
-from zoo.tools.benchmarks import add_norm, bias_gelu, cross_scan, ops, projected_scan, ssd
+from zoo.tools.benchmarks import add_norm, bias_gelu, cross_scan, gated_norm, ops, projected_scan, ssd
 from zoo.tools.benchmarks import selective_scan as selective_scans
 from zoo.tools.benchmarks.measure import Machine, host_milliseconds, measure, peer, plan_calls
 from zoo.tools.benchmarks.section import Implementation, run_sections
@@ -19,6 +19,7 @@ CROSS = cross_scan.Shape("tiny grid", 2, 4, 3, 2, 5, 1)
 PROJECTED = cross_scan.Shape("tiny tokens", 2, 4, 5, 3, 3, 1)
 HEADS = ssd.Shape("tiny heads", 2, 5, 3, 4, 2)
 ROWS = (add_norm.Shape("tiny rows", 5, 3, centered=False), add_norm.Shape("tiny centred rows", 5, 3, centered=True))
+GATED = tuple(gated_norm.Shape(f"tiny, gate first: {first}", 5, 3, gate_first=first) for first in (False, True))
 HIDDEN = bias_gelu.Shape("tiny rows", 5, 3)
 SECTIONS = (
     selective_scans.SelectiveScan((SCAN,), (SCAN,)),
@@ -27,6 +28,7 @@ SECTIONS = (
     add_norm.AddNorm(ROWS, ROWS),
     projected_scan.ProjectedScan((PROJECTED,), (PROJECTED,)),
     bias_gelu.BiasGelu((HIDDEN,), (HIDDEN,)),
+    gated_norm.GatedNorm(GATED, GATED),
 )
 CPU = Machine("cpu", torch.float32, 0.001)
 
@@ -68,6 +70,8 @@ def test_ops_writes_all_sections(tiny_sections, tmp_path, capsys):
         ("add_norm", "torch: add, norm, cast"),
         ("bias_gelu", "zoo"),
         ("bias_gelu", "torch: GELU, sum of gradients"),
+        ("gated_norm", "zoo"),
+        ("gated_norm", "torch: norm, activation, product"),
     }
     printed = capsys.readouterr().out
     assert "cross_scan, tiny grid: batch=2 K=4 D=3 H=2 W=5 N=1" in printed

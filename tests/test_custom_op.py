@@ -27,6 +27,7 @@ INPUTS = {
     "bias_gelu": (randn(2, 5, 8), randn(8)),
     "causal_conv1d": (randn(2, 1, 9, 4), randn(2, 4, 3), randn(2, 4), True, [0, 1]),
     "depthwise_conv2d": (randn(2, 4, 5, 3), randn(3, 3, 3), randn(3), "silu"),
+    "gated_norm": (randn(2, 5, 8), randn(2, 5, 8), randn(4), randn(4), 2, 1e-5, "silu", True, True),
     "selective_scan": (
         *(randn(2, 1, 20, 4), randn(2, 2, 20, 4), decays(2, 4, 3), randn(2, 2, 20, 1, 3), randn(2, 2, 20, 1, 3)),
         *(randn(2, 4), None, randn(2, 4), None, None, True, [0, 1], 1, False, False, True),

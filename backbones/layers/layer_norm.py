@@ -6,7 +6,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from zoo.backbones.layers.autocast import autocast_dtype
-from zoo.kernels import MAX_NORM_CHANNELS, add_layer_norm
+from zoo.kernels import GATES, MAX_NORM_CHANNELS, GateActivation, add_layer_norm, gated_layer_norm
 
 __all__ = ["LayerNorm", "normed_dtype", "plain_on_cpu"]
 
@@ -38,6 +38,10 @@ class LayerNorm(nn.LayerNorm):
         """Rows (..., C) to rows (..., C)."""
         return _layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.narrow)
 
+    def gated(self, x: Tensor, z: Tensor, activation: GateActivation | None) -> Tensor:
+        """Normed rows (..., C) times the activation of a gate z (..., C), in the dtype of z."""
+        return _gated_layer_norm(x, z, self.normalized_shape, self.weight, self.bias, self.eps, activation)
+
 
 def normed_dtype(device: str, dtype: torch.dtype, narrow: bool) -> torch.dtype:
     """Dtype of normed rows on a type of device, if it is ``dtype`` without autocast."""
@@ -66,3 +70,21 @@ def _layer_norm(
     if plain_on_cpu(dtype, x, weight) or shape[0] > MAX_NORM_CHANNELS:
         return F.layer_norm(x, shape, weight, bias, eps).to(dtype)
     return add_layer_norm(None, x, weight, bias, eps, dtype)[0]
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _gated_layer_norm(
+    x: Tensor,
+    z: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    activation: GateActivation | None,
+) -> Tensor:
+    """A single node for FX. On CPUs torch keeps what the backward needs, which the op would compute again."""
+    if x.device.type == "cpu" or shape[0] > MAX_NORM_CHANNELS:
+        normed = _layer_norm(x, shape, weight, bias, eps, True).to(z.dtype)
+        return normed * GATES[activation](z)
+    return gated_layer_norm(x, z, weight, bias, eps, activation=activation)

@@ -340,7 +340,7 @@ class SS2D(nn.Module):
             self.reverse = FULL_SCANS.get(scan, (False, True, False, True))
         else:  # a strategy's number of paths is known once it is asked; a small grid will do
             self.reverse = (False,) * len(scan_paths(scan, 2, 2, **self.scan_options))
-        self.gate, self.output_activation = gate, output_activation
+        self.gate, self.activation, self.output_activation = gate, activation, output_activation
         self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False, **dd)
         self.act = ACTIVATIONS[activation]()
         self.conv = DepthwiseConv(inner, d_conv, conv_bias, activation, **dd) if d_conv > 1 else self.act
@@ -358,12 +358,18 @@ class SS2D(nn.Module):
         x, z = (x, None) if self.gate is None else x.chunk(2, dim=-1)
         u = self.conv(x)
         y = self._cascade(u) if self.scan == CASCADE else self._scan(u)
-        y = self.out_norm(y.to(self.out_proj.weight.dtype) if u.dtype == torch.float16 else y).to(u.dtype)
+        return self.drop(self.out_proj(self._norm_and_gate(y, z, u.dtype)))
+
+    def _norm_and_gate(self, y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Sum of the paths and gate, if there is one, both (B, H, W, E), to (B, H, W, E) in ``dtype``."""
+        if z is not None and isinstance(self.out_norm, LayerNorm) and not self.output_activation:
+            return self.out_norm.gated(y, z, self.activation if self.gate == "activated" else None)
+        y = self.out_norm(y.to(self.out_proj.weight.dtype) if dtype == torch.float16 else y).to(dtype)
         if self.output_activation:
             y = F.gelu(y)
         if z is not None:
             y = y * (self.act(z) if self.gate == "activated" else z)
-        return self.drop(self.out_proj(y))
+        return y
 
     def _scan(self, u: Tensor) -> Tensor:
         """Map (B, H, W, E) to the sum of all paths on it (B, H, W, E)."""

@@ -24,7 +24,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from zoo.backbones.layers.recurrence import init_steps, negative_exp
-from zoo.kernels import causal_conv1d, ssd
+from zoo.kernels import causal_conv1d, gated_rms_norm, ssd
 
 __all__ = ["Decay", "MixerNorm", "SSDMixer", "SSDState", "stack_ssd_parameters"]
 
@@ -238,6 +238,10 @@ class SSDMixer(nn.Module):
 
     def _gate_and_norm(self, y: Tensor, z: Tensor) -> Tensor:
         """Output of a direction and gate, both (B, L, E), to (B, L, E)."""
+        if self.norm is not None and y.device.type != "cpu":
+            gate_first = self.norm == "gate_first"
+            groups = self.norm_groups if gate_first else self.heads
+            return gated_rms_norm(y, z, self.norm_weight, self.norm_eps, gate_first=gate_first, groups=groups)
         if self.norm == "head_first":
             heads = y.unflatten(-1, (self.heads, self.head_dim))
             normed = F.rms_norm(heads, (self.head_dim,), self.norm_weight.to(y.dtype), self.norm_eps)

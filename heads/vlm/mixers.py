@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.recurrence import negative_exp
 from zoo.heads.vlm.steps import convolution_step, selective_step, ssd_step
-from zoo.kernels import causal_conv1d, selective_scan, ssd
+from zoo.kernels import causal_conv1d, gated_rms_norm, selective_scan, ssd
 
 __all__ = ["recurrent_mixers", "use_zoo_kernels"]
 
@@ -151,12 +151,17 @@ def _gate_and_norm(mixer: nn.Module, y: Tensor, z: Tensor) -> Tensor:
     """Output of a Mamba-2 scan and gate, both (B, L, E), to (B, L, E) in the gate's dtype."""
     if not getattr(mixer, "mamba_rms_norm", True):  # FalconH1 may have no norm
         return y * F.silu(z)
-    if type(mixer).__name__ == "Mamba2Mixer" and mixer.n_groups > 1 and not hasattr(mixer.norm, "group_size"):
-        groups = (y.float() * F.silu(z.float())).unflatten(-1, (mixer.n_groups, -1))
-        normed = F.rms_norm(groups, groups.shape[-1:], eps=mixer.norm.variance_epsilon).flatten(-2)
-        return (normed * mixer.norm.weight).to(z.dtype)
-    # As one row: FalconH1's norm mixes up rows of a single token.
-    return mixer.norm(y.flatten(0, 1)[None], z.flatten(0, 1)[None]).view_as(y).to(z.dtype)
+    gate_first = not getattr(mixer.norm, "norm_before_gate", False)
+    return gated_rms_norm(
+        y, z, mixer.norm.weight, mixer.norm.variance_epsilon, gate_first=gate_first, groups=_norm_groups(mixer)
+    )
+
+
+def _norm_groups(mixer: nn.Module) -> int:
+    """Groups of channels that the gated norm of a Mamba-2 mixer works on."""
+    if hasattr(mixer.norm, "group_size"):
+        return mixer.intermediate_size // mixer.norm.group_size
+    return mixer.n_groups if type(mixer).__name__ == "Mamba2Mixer" else getattr(mixer.norm, "n_groups", 1)
 
 
 def _convolve(mixer: nn.Module, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:

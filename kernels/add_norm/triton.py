@@ -1,8 +1,6 @@
 """Residual add and norm in Triton: every row is read and written once, forward and backward.
 
-A program holds whole rows in registers, ELEMENTS numbers to a lane: several rows with one warp if D is small, one row
-with up to 16 warps if it is large. D is known at compile time, so that rows are read 16 bytes at a time wherever
-D is a multiple of 8.
+A program holds whole rows in registers, see ``triton_rows.py``.
 
 Backward programs stay: each walks over tiles of rows, as far apart as there are programs, and adds up its part of the
 gradients of weight and bias in registers. They end in the program's own rows of a buffer, which are added up
@@ -14,32 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._triton import ceil_div, device_guard, multiprocessors, next_power_of_2
+from zoo.kernels._triton import ceil_div, device_guard, multiprocessors
 from zoo.kernels.registration import accumulate_dtype
+from zoo.kernels.triton_rows import centre, inverse_rms, load_channels, row_options, row_tile
 
 __all__ = ["backward", "forward"]
 
-ELEMENTS = 16  # of a row, or of several, in a lane; the backward has five or six such tiles in registers
-MOST_ROWS = 32  # of a tile: what is known of a row takes registers too
 FORWARD_WARPS = 1  # at least, of a program: each has rows of its own where they are narrow
 RESIDENT_WARPS = 12  # of backward programs on a multiprocessor: with more, none of them is faster
 STAGES = 3  # of backward programs: two tiles are loaded into shared memory while the one before is worked on
 STAGES_WIDE, WIDE = 2, 1024  # of rows with more channels, which take more shared memory
-
-
-@triton.jit
-def _tile(first, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Numbers of the rows from ``first`` on (ROWS,), offsets from the first row and mask of their elements."""
-    row = tl.arange(0, ROWS)
-    channel = tl.arange(0, BLOCK)
-    return first + row, row[:, None] * D + channel[None, :], (first + row < rows)[:, None] & (channel < D)[None, :]
-
-
-@triton.jit
-def _load_channels(values, D: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """Weight or bias of all channels, (1, BLOCK)."""
-    channel = tl.arange(0, BLOCK)
-    return tl.load(values + channel, mask=channel < D, other=0.0).to(dtype)[None, :]
 
 
 @triton.jit
@@ -49,27 +31,15 @@ def _load_scale(scale, row, rows, rows_per_sample, dtype: tl.constexpr):
 
 
 @triton.jit
-def _centre(x, mask, D: tl.constexpr):
-    """Rows without their means, zero where the mask is false, as x is."""
-    return tl.where(mask, x - tl.sum(x, axis=1)[:, None] / D, 0.0)
-
-
-@triton.jit
-def _inverse_rms(x, row, rows, D: tl.constexpr, EPS: tl.constexpr):
-    """1 / sqrt(mean square + eps) of every row, (ROWS, 1); finite for rows that are not there, also if eps is 0."""
-    return tl.rsqrt(tl.where(row < rows, tl.sum(x * x, axis=1) / D + EPS, 1.0))[:, None]
-
-
-@triton.jit
 def _forward_kernel(
     stream, update, weight, bias, scale, normed, total, rows, rows_per_sample, EPS: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr, CENTERED: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
-    row, offset, mask = _tile(first, rows, D, ROWS, BLOCK)
+    row, offset, mask = row_tile(first, rows, D, D, ROWS, BLOCK)
     x = tl.load(stream + first * D + offset, mask=mask, other=0.0).to(dtype)
-    factors = _load_channels(weight, D, BLOCK, dtype)
+    factors = load_channels(weight, D, BLOCK, dtype)
     if HAS_UPDATE:
         added = tl.load(update + first * D + offset, mask=mask, other=0.0).to(dtype)
         if HAS_SCALE:
@@ -78,10 +48,10 @@ def _forward_kernel(
         tl.store(total + first * D + offset, rounded, mask=mask)
         x = rounded.to(dtype)
     if CENTERED:
-        x = _centre(x, mask, D)
-    y = x * _inverse_rms(x, row, rows, D, EPS) * factors
+        x = centre(x, mask, D)
+    y = x * inverse_rms(x, row, rows, D, EPS) * factors
     if HAS_BIAS:
-        y += _load_channels(bias, D, BLOCK, dtype)
+        y += load_channels(bias, D, BLOCK, dtype)
     tl.store(normed + first * D + offset, y, mask=mask)
 
 
@@ -92,14 +62,14 @@ def _backward_kernel(
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, WRITES_UPDATE: tl.constexpr, CENTERED: tl.constexpr,
     STAGES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    factors = _load_channels(weight, D, BLOCK, dtype)
+    factors = load_channels(weight, D, BLOCK, dtype)
     d_weight = tl.zeros((ROWS, BLOCK), dtype)
     if HAS_BIAS:
         d_bias = tl.zeros((ROWS, BLOCK), dtype)
     programs = tl.num_programs(0)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
         first = tile * tl.full((), ROWS, tl.int64)
-        row, offset, mask = _tile(first, rows, D, ROWS, BLOCK)
+        row, offset, mask = row_tile(first, rows, D, D, ROWS, BLOCK)
         x = tl.load(stream + first * D + offset, mask=mask, other=0.0).to(dtype)
         g = tl.load(grad_normed + first * D + offset, mask=mask, other=0.0).to(dtype)
         if HAS_GRAD_STREAM:  # all loads before the sums, which would wait for one after the other
@@ -107,8 +77,8 @@ def _backward_kernel(
         if HAS_SCALE:
             sample_scale = _load_scale(scale, row, rows, rows_per_sample, dtype)
         if CENTERED:
-            x = _centre(x, mask, D)
-        inverse = _inverse_rms(x, row, rows, D, EPS)
+            x = centre(x, mask, D)
+        inverse = inverse_rms(x, row, rows, D, EPS)
         x *= inverse
         d_weight += g * x
         if HAS_BIAS:
@@ -132,21 +102,6 @@ def _backward_kernel(
         tl.store(sums + programs * D + channel, tl.sum(d_bias, axis=0), mask=channel < D)
 
 
-def _options(exact: torch.dtype, D: int, eps: float, least_warps: int = 1) -> dict:
-    """Compile-time arguments of both kernels."""
-    block = next_power_of_2(D)
-    tile = 32 * ELEMENTS  # of a warp
-    warps = max(ceil_div(block, tile), least_warps)
-    return dict(
-        EPS=float(eps),  # at run time it would be rounded to float32
-        D=D,
-        ROWS=min(ceil_div(tile * warps, block), MOST_ROWS * warps),
-        BLOCK=block,
-        dtype=tl.float64 if exact == torch.float64 else tl.float32,
-        num_warps=warps,
-    )
-
-
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -167,7 +122,7 @@ def forward(
     normed, total = stream.new_empty(stream.shape, dtype=dtype), None
     if update is not None:
         total = stream.new_empty(stream.shape, dtype=torch.promote_types(stream.dtype, update.dtype))
-    options = _options(accumulate_dtype(stream if total is None else total), D, eps, FORWARD_WARPS)
+    options = row_options(accumulate_dtype(stream if total is None else total), D, eps, FORWARD_WARPS)
     with device_guard(stream.device):
         _forward_kernel[(ceil_div(rows, options["ROWS"]),)](
             stream.contiguous(), _contiguous(update), weight.contiguous(), _contiguous(bias), _contiguous(scale),
@@ -193,7 +148,7 @@ def backward(
     D = stream.shape[-1]
     rows = stream.numel() // D
     exact = accumulate_dtype(stream)
-    options = _options(exact, D, eps)
+    options = row_options(exact, D, eps)
     resident = multiprocessors(stream.device) * max(1, RESIDENT_WARPS // options["num_warps"])
     programs = min(ceil_div(rows, options["ROWS"]), resident)
     stages = STAGES if options["BLOCK"] <= WIDE else STAGES_WIDE

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard, multiprocessors
 from zoo.kernels.registration import accumulate_dtype
-from zoo.kernels.triton_math import normal_distribution, sigmoid
+from zoo.kernels.triton_math import activate, activation_slope
 
 __all__ = ["backward", "forward"]
 
@@ -132,32 +132,6 @@ def _add_products(sums, factor, window, r: tl.constexpr, K: tl.constexpr, COUNT:
 
 
 @triton.jit
-def _activate(y, ACTIVATION: tl.constexpr, COARSE: tl.constexpr):
-    if ACTIVATION == "silu":
-        y *= sigmoid(y)
-    if ACTIVATION == "gelu":
-        below, _ = normal_distribution(y, COARSE)
-        y *= below
-    if ACTIVATION == "relu":
-        y = tl.where(y < 0, 0.0, y)  # leaves NaN
-    return y
-
-
-@triton.jit
-def _slope(y, ACTIVATION: tl.constexpr, COARSE: tl.constexpr):
-    """Derivative of the activation."""
-    if ACTIVATION == "silu":
-        gate = sigmoid(y)
-        slope = gate * (1 + y * (1 - gate))
-    if ACTIVATION == "gelu":
-        below, density = normal_distribution(y, COARSE)
-        slope = below + y * density
-    if ACTIVATION == "relu":
-        slope = tl.where(y > 0, 1.0, 0.0).to(y.dtype)
-    return slope
-
-
-@triton.jit
 def _forward_kernel(
     x, weight, bias, out, B, H, W, stride_map, stride_row, stride_column, C: tl.constexpr, K: tl.constexpr,
     TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
@@ -191,7 +165,7 @@ def _forward_kernel(
             partial = sums[: (K - 1) * ROWS]
             done = ()
             for r in tl.static_range(ROWS):
-                done = done + (_activate(sums[(K - 1) * ROWS + r], ACTIVATION, COARSE),)
+                done = done + (activate(sums[(K - 1) * ROWS + r], ACTIVATION, COARSE),)
             _store_column(out, done, number, top, t + i - MARGIN, channel, B, H, W, C, ROWS)
 
 
@@ -243,7 +217,7 @@ def _gradient_kernel(
                 for r in tl.static_range(ROWS):
                     factor = grads[i * ROWS + r]
                     if ACTIVATION is not None:
-                        slope = _slope(_convolve(window, taps, shift, r, K, REACH), ACTIVATION, COARSE)
+                        slope = activation_slope(_convolve(window, taps, shift, r, K, REACH), ACTIVATION, COARSE)
                         factor = tl.where(factor == 0, factor, factor * slope)  # outside of the maps they may be inf
                     tap_sums = _add_products(tap_sums, factor, window, r, K, REACH)
                     shift_sum += factor

@@ -11,6 +11,7 @@ from zoo.tools.benchmarks.add_norm import AddNorm
 from zoo.tools.benchmarks.bias_gelu import BiasGelu
 from zoo.tools.benchmarks.cross_scan import CrossScan
 from zoo.tools.benchmarks.depthwise_conv2d import DepthwiseConv2d
+from zoo.tools.benchmarks.gated_norm import GatedNorm
 from zoo.tools.benchmarks.measure import Machine
 from zoo.tools.benchmarks.projected_scan import ProjectedScan
 from zoo.tools.benchmarks.section import run_sections
@@ -19,11 +20,9 @@ from zoo.tools.benchmarks.ssd import SSD
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "the kernels: selective scan, cross scan with and without projections, SSD, norm, convolution, GELU"
-SECTIONS = {
-    section.name: section
-    for section in (SelectiveScan(), CrossScan(), ProjectedScan(), SSD(), AddNorm(), DepthwiseConv2d(), BiasGelu())
-}
+HELP = "the kernels: selective scan, cross scan with and without projections, SSD, norms, convolution, GELU"
+KINDS = (SelectiveScan, CrossScan, ProjectedScan, SSD, AddNorm, GatedNorm, DepthwiseConv2d, BiasGelu)
+SECTIONS = {kind.name: kind() for kind in KINDS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
