@@ -6,6 +6,7 @@ G groups of channels that share B and C, K scan paths, P steps of a path, W widt
 
 from zoo.kernels._backend import Backend, backend, use_backend
 from zoo.kernels.add_norm import MAX_NORM_CHANNELS, add_layer_norm, add_rms_norm
+from zoo.kernels.autocast import autocast_dtype
 from zoo.kernels.bias_gelu import bias_gelu
 from zoo.kernels.causal_conv1d import causal_conv1d
 from zoo.kernels.custom_op import custom_op
@@ -35,6 +36,7 @@ __all__ = [
     "activate",
     "add_layer_norm",
     "add_rms_norm",
+    "autocast_dtype",
     "backend",
     "bias_gelu",
     "causal_conv1d",

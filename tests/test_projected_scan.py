@@ -175,7 +175,7 @@ def test_mixed_precision(device, dtype):
     inputs = u, *(x.detach().to(device).requires_grad_() for x in parameters(4, 24, 6, 1, torch.float32))
     options = dict(paths=scan_paths("cross", 5, 7, u.device)[:2], reverse=(False, False, True, True), complete=True)
     with torch.autocast(device, torch.bfloat16):
-        out = projected_scan(*inputs, dtype=torch.bfloat16, **options)
+        out = projected_scan(*inputs, **options)
     exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
     expected = one_after_the_other(*exact, **{**options, "paths": options["paths"].cpu()})
     cotangent = torch.randn(u.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

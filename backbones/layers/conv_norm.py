@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from zoo.backbones.layers.autocast import autocast_dtype
 from zoo.backbones.layers.convolution import convolve_map
 from zoo.backbones.layers.depthwise_conv import depthwise_conv
-from zoo.kernels import Activation, activate
+from zoo.kernels import Activation, activate, autocast_dtype
 
 __all__ = ["conv_norm", "convolve", "map_of", "on_images"]
 

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.backbones.layers.autocast import autocast_dtype
-from zoo.kernels import custom_op, is_exporting
+from zoo.kernels import autocast_dtype, custom_op, is_exporting
 
 __all__ = ["convolve_map"]
 

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from zoo.backbones.layers.autocast import autocast_dtype
-from zoo.kernels import DEPTHWISE_KERNELS, Activation, activate, depthwise_conv2d
+from zoo.kernels import DEPTHWISE_KERNELS, Activation, activate, autocast_dtype, depthwise_conv2d
 
 __all__ = ["DepthwiseConv", "depthwise_conv"]
 

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from zoo.backbones.layers.autocast import autocast_dtype
-from zoo.kernels import GATES, MAX_NORM_CHANNELS, GateActivation, add_layer_norm, gated_layer_norm
+from zoo.kernels import GATES, MAX_NORM_CHANNELS, GateActivation, add_layer_norm, autocast_dtype, gated_layer_norm
 
 __all__ = ["LayerNorm", "normed_dtype", "plain_on_cpu"]
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones.layers.autocast import autocast_dtype
 from zoo.backbones.layers.depthwise_conv import DepthwiseConv
 from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
@@ -166,9 +165,8 @@ class SelectivePaths(nn.Module):
         """Tokens (B, L, E) to the sum of all paths (B, L, E)."""
         if not self._learns_in_one(u):
             return self.walk(u, self.project(u), table, reverse, complete)
-        A, dtype = negative_exp(self.A_log), autocast_dtype(u.device.type, u.dtype)
         return projected_scan(
-            u, self.x_proj_weight, self.dt_proj_weight, A, self.D, self.dt_bias, dtype=dtype, paths=table,
+            u, self.x_proj_weight, self.dt_proj_weight, negative_exp(self.A_log), self.D, self.dt_bias, paths=table,
             reverse=reverse, window=self.lb_window, complete=complete,
         )  # fmt: skip
 

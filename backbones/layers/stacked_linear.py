@@ -6,8 +6,8 @@ from timm.models import register_notrace_function
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zoo.backbones.layers.autocast import autocast_dtype
 from zoo.kernels import (
+    autocast_dtype,
     dt_projection_backward,
     pad_projections,
     project_rows,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.kernels.autocast import autocast_dtype
 from zoo.kernels.dt_projection import (
     dt_projection_backward,
     pad_projections,
@@ -81,7 +82,6 @@ def projected_scan(
     D: Tensor,
     delta_bias: Tensor,
     *,
-    dtype: torch.dtype | None = None,
     paths: Tensor | None = None,
     reverse: Sequence[bool],
     window: int = 1,
@@ -89,7 +89,8 @@ def projected_scan(
 ) -> Tensor:
     """Projects tokens to steps, B and C of K paths, and scans them (Mamba, arXiv 2312.00752, algorithm 2).
 
-    It is made for training steps: what the backward needs is always kept.
+    It is made for training steps: what the backward needs is always kept. Tokens are projected in the dtype of autocast
+    where that is on, else in that of ``u``.
 
     Args:
         u: Tokens (B, L, E), contiguous.
@@ -98,7 +99,6 @@ def projected_scan(
         A: State decay, (K, E, N).
         D: Skip weights, (K, E).
         delta_bias: Added to the steps before softplus, (K, E).
-        dtype: In which tokens are projected; default that of ``u``.
         paths: See :func:`~zoo.kernels.selective_scan`, as for the other arguments.
         reverse: One flag for every path.
         window: Steps of a locally bidirectional window.
@@ -111,4 +111,5 @@ def projected_scan(
         ValueError: If shapes, dtypes or devices do not fit together.
     """
     options = paths, True, [int(flag) for flag in reverse], window, complete, False
-    return _ProjectedScan.apply(u, x_weight, dt_weight, A, D, delta_bias, dtype or u.dtype, *options)
+    dtype = autocast_dtype(u.device.type, u.dtype) or u.dtype
+    return _ProjectedScan.apply(u, x_weight, dt_weight, A, D, delta_bias, dtype, *options)
