@@ -147,6 +147,12 @@ def test_scenes_are_the_conversations_that_are_exported(scenes, tmp_path):
 
 def test_questions_of_a_scene_can_share_a_conversation(scenes):
     alone, grouped = (draw_conversations(scenes[0], turns=turns) for turns in (1, 3))
+    one_each = draw_conversations(scenes[0], turns=9)
+    assert [sample.images for sample in one_each.samples] == [(number,) for number in range(6)]
+    for sample in one_each.samples:
+        *questions, (last, _) = stripped(sample)
+        assert last == DESCRIBE and len(questions) == len(scenes[0][sample.images[0]].questions)
+        assert questions[0][0].startswith("Is there") and questions[1][0].startswith("How many")
     assert max(len(sample.turns) for sample in grouped.samples) == 3
     for number in range(6):
         texts = [
@@ -162,6 +168,14 @@ def test_questions_of_a_scene_can_share_a_conversation(scenes):
     assert len(captions) == 6 and all(stripped(sample)[0][0] == DESCRIBE for sample in captions.samples)
     questions = draw_conversations(scenes[0], "questions")
     assert len(questions) + 6 == len(alone) and set(questions.vocabulary()) == set(vocabulary())
+
+
+def test_all_that_is_known_of_a_scene_can_be_asked(scenes):
+    data = draw_conversations(scenes[0], "questions", turns=30, all_questions=True)
+    for number, sample in enumerate(data.samples):
+        scene = scenes[0][number]
+        known = {(question.text, question.answer) for question in (*scene.questions, *scene.further)}
+        assert len(sample.turns) == len(known) > 1 and set(stripped(sample)) == known
 
 
 def stripped(sample):

@@ -242,6 +242,24 @@ def test_language_alone_scores_at_chance():
     assert found > chance + margin(chance, number)
 
 
+def test_further_questions_have_their_answers_equally_often():
+    """All that can be asked, and nothing twice; what is most likely without looking is right as often as chance."""
+    scenes = drawn_scenes(count=800, size=48)
+    answers = defaultdict(Counter)
+    for scene in (scenes[i] for i in range(len(scenes))):
+        texts = [question.text for question in (*scene.questions, *scene.further)]
+        assert len(set(texts)) == len(texts)
+        assert sum(question.kind == "color" for question in (*scene.questions, *scene.further)) == sum(
+            count == 1 for count in Counter(scene.labels.tolist()).values()
+        )
+        for question in scene.further:
+            assert right_answer(scene, question.text) == question.answer
+            answers[question.kind, question.choices if question.kind != "relation" else ()][question.answer] += 1
+    assert {kind for kind, _ in answers} == {"color", "corner", "relation"}
+    for counted in answers.values():
+        assert max(counted.values()) / counted.total() < 1.4 / len(counted)
+
+
 def test_every_question_has_all_its_answers_equally_often():
     answers, choices = defaultdict(Counter), {}
     for plan in plans(seed=0, count=2000):

@@ -123,8 +123,10 @@ class VlmDataConfig:
         train_samples: Use this many training conversations, or scenes; default all, and 8,000 scenes.
         val_samples: Number for validation, likewise; default all, and 1,000 scenes.
         texts: What is said about ``fashion_scenes``: ``all``, ``captions`` or ``questions``.
-        turns: Questions of a scene in one training conversation, at most. With several the image is read once for all
-            of them, but earlier answers help with later ones. Validation asks each alone.
+        turns: Questions of a scene in one training conversation, at most, its caption included. With several the image
+            is read once for all of them, but earlier answers help with later ones. Validation asks each alone.
+        all_questions: Whether training asks all that is known of the colours and places of items in a scene; default
+            one question of a kind, as validation does.
         curriculum: Passes over the training conversations, or parts of one, in which only the easiest are drawn: for a
             third of the time 8 %, then more and more of them. Easy are scenes of few items, or short conversations of
             ``llava``. A new language model learns to look much sooner this way; default 0, none.
@@ -150,6 +152,7 @@ class VlmDataConfig:
     val_samples: int | None = None
     texts: str = "all"
     turns: int = 1
+    all_questions: bool = False
     curriculum: float = 0.0
     download: bool = True
     bad_files: str = "error"

@@ -44,6 +44,7 @@ _logger = logging.getLogger(__name__)
 
 PLACEHOLDER = "<image>"
 CAPTION = "caption"  # kind of a conversation
+KINDS = ("presence", "count", "corner", "relation", "color")  # of questions, those first that name the fewest items
 ROLES = ("human", "gpt")
 TRAIN_SCENES, VAL_SCENES = 8000, 1000
 
@@ -117,7 +118,11 @@ def open_split(config: VlmDataConfig, training: bool, seed: int = 0) -> Conversa
     if config.name == "fashion_scenes":
         count = count or (TRAIN_SCENES if training else VAL_SCENES)
         scenes = FashionScenes(split, count, config.image_size, root=config.root, download=config.download)
-        return draw_conversations(scenes, config.texts, config.turns if training else 1, config.workers, seed)
+        if not training:
+            return draw_conversations(scenes, config.texts, 1, config.workers)
+        return draw_conversations(
+            scenes, config.texts, config.turns, config.workers, seed, all_questions=config.all_questions
+        )
     if not config.root:
         raise ValueError("data 'llava' needs data.root, the folder of the JSON files")
     root = Path(config.root)
@@ -242,34 +247,40 @@ def _unreadable(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def draw_conversations(
-    scenes: FashionScenes, texts: str = "all", turns: int = 1, workers: int = 0, seed: int = 0
+    scenes: FashionScenes,
+    texts: str = "all",
+    turns: int = 1,
+    workers: int = 0,
+    seed: int = 0,
+    all_questions: bool = False,
 ) -> Conversations:
     """Draws scenes with their conversations into memory, with a progress bar on a terminal.
 
     Args:
         scenes: What is to be drawn, at least one scene.
         texts: ``captions``, ``questions`` or ``all``.
-        turns: Questions in one conversation, at most; which of them share one, and their order, is random.
+        turns: Turns of one conversation, at most. Questions that name few items come first, those of a kind in random
+            order, and the caption, which names all, ends the last conversation.
         workers: Processes that draw; 0 draws in this one.
         seed: Of this choice.
+        all_questions: Whether to ask all that is known of a scene, instead of one question of a kind.
     """
     _logger.info("drawing %d scenes of %s", len(scenes), scenes.split)
     images = torch.empty((len(scenes), 3, scenes.size, scenes.size), dtype=torch.uint8)
     samples: list[Conversation] = []
     generator = torch.Generator().manual_seed(seed)
-    for index, (image, told) in enumerate(drawn(scenes, _told, workers)):
+    for index, (image, told) in enumerate(drawn(scenes, partial(_told, all_questions=all_questions), workers)):
         images[index] = image.permute(2, 0, 1)
         about = partial(_about, f"{scenes.split}-{index}", index, told.items)
-        if texts != "questions":
-            samples.append(about([(DESCRIBE, told.caption)], CAPTION))
-        if texts == "captions":
-            continue
-        questions = told.questions
-        order = torch.randperm(len(questions), generator=generator).tolist() if turns > 1 else range(len(questions))
-        asked = [questions[number] for number in order]
-        for at in range(0, len(asked), turns):
-            group = asked[at : at + turns]
-            kind = group[0][0] if turns == 1 else ""
+        asked = [] if texts == "captions" else told.questions
+        if turns > 1:
+            asked = [asked[number] for number in torch.randperm(len(asked), generator=generator).tolist()]
+            asked.sort(key=lambda turn: KINDS.index(turn[0]))
+        caption = [] if texts == "questions" else [(CAPTION, DESCRIBE, told.caption)]
+        said = asked + caption if turns > 1 else caption + asked
+        for at in range(0, len(said), turns):
+            group = said[at : at + turns]
+            kind = group[0][0] if len(group) == 1 else ""
             samples.append(about([turn[1:] for turn in group], kind))
     place = f"the fashion scenes of {scenes.split}"
     return Conversations(tuple(samples), images, place, vocabulary())
@@ -289,6 +300,7 @@ class _Told(NamedTuple):
     items: int
 
 
-def _told(scene: Scene) -> _Told:
-    questions = [(question.kind, question.text, question.answer) for question in scene.questions]
+def _told(scene: Scene, all_questions: bool) -> _Told:
+    asked = (*scene.questions, *scene.further) if all_questions else scene.questions
+    questions = [(question.kind, question.text, question.answer) for question in asked]
     return _Told(scene.caption, questions, len(scene.labels))

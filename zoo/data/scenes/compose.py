@@ -16,7 +16,7 @@ from zoo.data.fashion_mnist import load_fashion_mnist
 from zoo.data.scenes.canvas import draw_canvas
 from zoo.data.scenes.cutouts import Cutouts
 from zoo.data.scenes.language import COLORS, Question
-from zoo.data.scenes.plan import Plan, draw_plan
+from zoo.data.scenes.plan import Plan, draw_plan, further_questions
 
 __all__ = ["GENERATOR_VERSION", "MIN_SIZE", "MIN_VISIBLE", "FashionScenes", "Scene"]
 
@@ -43,6 +43,7 @@ class Scene:
         visible: Visible part of every item's pixels, float32 of shape (n,), at least ``MIN_VISIBLE``.
         caption: One to three sentences.
         questions: One to five questions of different kinds.
+        further: All other questions about colours, corners and relations that have a single answer.
     """
 
     image: np.ndarray
@@ -54,6 +55,7 @@ class Scene:
     visible: np.ndarray
     caption: str
     questions: tuple[Question, ...]
+    further: tuple[Question, ...]
 
 
 class FashionScenes(Dataset):
@@ -147,10 +149,9 @@ def _place_items(
         for item, sprite in enumerate(sprites):
             owner[sprite.window][sprite.opacity >= 0.5] = item
         masks = owner == np.array(indices, np.int8)[:, None, None]
-        if (_visible_parts(sprites, masks) >= MIN_VISIBLE).all():
-            boxes = _boxes_of(masks)
-            if plan.holds_at((boxes[:, :2] + boxes[:, 2:]) / (2 * size)):
-                return sprites, masks
+        visible = (_visible_parts(sprites, masks) >= MIN_VISIBLE).all()
+        if visible and plan.holds_at(_centers_of(_boxes_of(masks), size)):
+            return sprites, masks
         shrink *= 0.95
     return None
 
@@ -159,7 +160,8 @@ def _paint_scene(plan: Plan, sprites: list[_Sprite], masks: np.ndarray, canvas: 
     """Paints the items on the canvas, from back to front, and writes down what is where."""
     for sprite, color in zip(sprites, plan.colors, strict=True):
         _paint(canvas[sprite.window], sprite, COLORS[color])
-    labels = np.array(plan.labels, np.int64)
+    labels, boxes = np.array(plan.labels, np.int64), _boxes_of(masks)
+    further = further_questions(plan.labels, plan.colors, _centers_of(boxes, len(canvas)))
     semantic = np.zeros(canvas.shape[:2], np.uint8)
     for mask, label in zip(masks, plan.labels, strict=True):
         semantic[mask] = label + 1
@@ -167,12 +169,13 @@ def _paint_scene(plan: Plan, sprites: list[_Sprite], masks: np.ndarray, canvas: 
         image=canvas,
         semantic=semantic,
         masks=masks,
-        boxes=_boxes_of(masks).astype(np.float32),
+        boxes=boxes.astype(np.float32),
         labels=labels,
         colors=plan.colors,
         visible=_visible_parts(sprites, masks).astype(np.float32),
         caption=plan.caption,
         questions=plan.questions,
+        further=tuple(question for question in further if question not in plan.questions),
     )
 
 
@@ -204,6 +207,11 @@ def _boxes_of(masks: np.ndarray) -> np.ndarray:
     left, top = columns.argmax(1), rows.argmax(1)
     right, bottom = size[1] - columns[:, ::-1].argmax(1), size[0] - rows[:, ::-1].argmax(1)
     return np.stack([left, top, right, bottom], 1)
+
+
+def _centers_of(boxes: np.ndarray, size: int) -> np.ndarray:
+    """Middles of boxes in an image, as fractions of its side, float64 (n, 2)."""
+    return (boxes[:, :2] + boxes[:, 2:]) / (2 * size)
 
 
 def _paint(ground: np.ndarray, sprite: _Sprite, color: tuple[int, int, int]) -> None:

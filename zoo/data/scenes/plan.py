@@ -7,6 +7,7 @@ agree with the plan; it never changes the plan.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ from zoo.data.scenes.language import (
     caption_of,
 )
 
-__all__ = ["MAX_ITEMS", "Plan", "draw_plan"]
+__all__ = ["MAX_ITEMS", "Plan", "draw_plan", "further_questions"]
 
 MAX_ITEMS = 6
 SMALLEST, LARGEST = 0.16, 0.47  # longer side of an item, as a fraction of the image's side
@@ -114,6 +115,30 @@ def draw_plan(rng: np.random.Generator) -> Plan:
     order = [int(item) for item in np.argsort(centers[:, 0], kind="stable")]
     caption = caption_of(labels, colors, order, told)
     return Plan(centers, sides, labels, colors, caption, tuple(questions), told, relation, corner)
+
+
+def further_questions(labels: Sequence[int], colors: Sequence[str], centers: np.ndarray) -> tuple[Question, ...]:
+    """All questions about a colour, a corner or a relation to which items at ``centers`` (n, 2) are a single answer.
+
+    Classes and colours took their places at random, so here, too, no answer is more likely than another. That would not
+    be so for counts, of which most are zero or one.
+    """
+    alone = [item for item, label in enumerate(labels) if list(labels).count(label) == 1]
+    corners = {corner: _only_one_at(centers, corner, DRAWN_MARGIN) for corner in CORNERS}
+    relations = {
+        (direction, reference): _only_one_towards(centers, reference, direction, DRAWN_RATIO)
+        for reference in alone
+        for direction in DIRECTIONS
+    }
+    return (
+        *(ask_color(labels[item], colors[item]) for item in alone),
+        *(ask_corner(corner, labels[item]) for corner, item in corners.items() if item is not None),
+        *(
+            ask_relation(direction, labels[reference], labels[item])
+            for (direction, reference), item in relations.items()
+            if item is not None
+        ),
+    )
 
 
 def _draw_groups(rng: np.random.Generator, asked_count: int) -> list[int]:
