@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -152,7 +153,9 @@ def test_questions_of_a_scene_can_share_a_conversation(scenes):
     for sample in one_each.samples:
         *questions, (last, _) = stripped(sample)
         assert last == DESCRIBE and len(questions) == len(scenes[0][sample.images[0]].questions)
-        assert questions[0][0].startswith("Is there") and questions[1][0].startswith("How many")
+        beginnings = [text.split()[0] for text, _ in questions[1:]]
+        kinds = ["Is", "How", "Which", "What"]
+        assert beginnings == sorted(beginnings, key=kinds.index)
     assert max(len(sample.turns) for sample in grouped.samples) == 3
     for number in range(6):
         texts = [
@@ -168,6 +171,14 @@ def test_questions_of_a_scene_can_share_a_conversation(scenes):
     assert len(captions) == 6 and all(stripped(sample)[0][0] == DESCRIBE for sample in captions.samples)
     questions = draw_conversations(scenes[0], "questions")
     assert len(questions) + 6 == len(alone) and set(questions.vocabulary()) == set(vocabulary())
+
+
+def test_a_conversation_begins_with_a_question_of_any_kind(scenes):
+    firsts = Counter()
+    for seed in range(40):
+        data = draw_conversations(scenes[0], "questions", turns=30, all_questions=True, seed=seed)
+        firsts.update(stripped(sample)[0][0].split()[0] for sample in data.samples)
+    assert min(firsts[beginning] for beginning in ("Is", "How", "Which", "What")) > 8
 
 
 def test_all_that_is_known_of_a_scene_can_be_asked(scenes):

@@ -259,8 +259,8 @@ def draw_conversations(
     Args:
         scenes: What is to be drawn, at least one scene.
         texts: ``captions``, ``questions`` or ``all``.
-        turns: Turns of one conversation, at most. Questions that name few items come first, those of a kind in random
-            order, and the caption, which names all, ends the last conversation.
+        turns: Turns of one conversation, at most. A question of any kind comes first, then those that give away the
+            fewest items, and the caption, which names all, ends the last conversation.
         workers: Processes that draw; 0 draws in this one.
         seed: Of this choice.
         all_questions: Whether to ask all that is known of a scene, instead of one question of a kind.
@@ -274,8 +274,7 @@ def draw_conversations(
         about = partial(_about, f"{scenes.split}-{index}", index, told.items)
         asked = [] if texts == "captions" else told.questions
         if turns > 1:
-            asked = [asked[number] for number in torch.randperm(len(asked), generator=generator).tolist()]
-            asked.sort(key=lambda turn: KINDS.index(turn[0]))
+            asked = _in_order(asked, generator)
         caption = [] if texts == "questions" else [(CAPTION, DESCRIBE, told.caption)]
         said = asked + caption if turns > 1 else caption + asked
         for at in range(0, len(said), turns):
@@ -284,6 +283,15 @@ def draw_conversations(
             samples.append(about([turn[1:] for turn in group], kind))
     place = f"the fashion scenes of {scenes.split}"
     return Conversations(tuple(samples), images, place, vocabulary())
+
+
+def _in_order(questions: list[tuple[str, str, str]], generator: torch.Generator) -> list[tuple[str, str, str]]:
+    """One of any kind first, as in validation, and then those first that give away the fewest items."""
+    shuffled = [questions[number] for number in torch.randperm(len(questions), generator=generator).tolist()]
+    by_kind = {question[0]: question for question in sorted(shuffled, key=lambda question: KINDS.index(question[0]))}
+    number = int(torch.randint(max(1, len(by_kind)), (), generator=generator))
+    first = list(by_kind.values())[number : number + 1]
+    return sorted(shuffled, key=lambda question: (question not in first, KINDS.index(question[0])))
 
 
 def _about(name: str, image: int, items: int, turns: Sequence[tuple[str, str]], kind: str) -> Conversation:
