@@ -12,7 +12,7 @@ LLaVA's format is a JSON file with a list of objects::
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,8 +43,8 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 PLACEHOLDER = "<image>"
-CAPTION = "caption"  # kind of a conversation
-KINDS = ("presence", "count", "corner", "relation", "color")  # of questions, those first that name the fewest items
+CAPTION = "caption"
+KINDS = ("presence", "count", "corner", "relation", "color", CAPTION)  # those first that name the fewest items
 ROLES = ("human", "gpt")
 TRAIN_SCENES, VAL_SCENES = 8000, 1000
 
@@ -259,8 +259,8 @@ def draw_conversations(
     Args:
         scenes: What is to be drawn, at least one scene.
         texts: ``captions``, ``questions`` or ``all``.
-        turns: Turns of one conversation, at most. A question of any kind comes first, then those that give away the
-            fewest items, and the caption, which names all, ends the last conversation.
+        turns: Turns of one conversation, at most. It begins with a question of any kind; others follow in the order of
+            how few items they give away. The caption, which names all, comes last, or it is a conversation of its own.
         workers: Processes that draw; 0 draws in this one.
         seed: Of this choice.
         all_questions: Whether to ask all that is known of a scene, instead of one question of a kind.
@@ -272,26 +272,29 @@ def draw_conversations(
     for index, (image, told) in enumerate(drawn(scenes, partial(_told, all_questions=all_questions), workers)):
         images[index] = image.permute(2, 0, 1)
         about = partial(_about, f"{scenes.split}-{index}", index, told.items)
-        asked = [] if texts == "captions" else told.questions
-        if turns > 1:
-            asked = _in_order(asked, generator)
         caption = [] if texts == "questions" else [(CAPTION, DESCRIBE, told.caption)]
-        said = asked + caption if turns > 1 else caption + asked
-        for at in range(0, len(said), turns):
-            group = said[at : at + turns]
+        asked = [] if texts == "captions" else told.questions
+        for group in _grouped([*caption, *asked], turns, generator):
             kind = group[0][0] if len(group) == 1 else ""
             samples.append(about([turn[1:] for turn in group], kind))
     place = f"the fashion scenes of {scenes.split}"
     return Conversations(tuple(samples), images, place, vocabulary())
 
 
-def _in_order(questions: list[tuple[str, str, str]], generator: torch.Generator) -> list[tuple[str, str, str]]:
-    """One of any kind first, as in validation, and then those first that give away the fewest items."""
-    shuffled = [questions[number] for number in torch.randperm(len(questions), generator=generator).tolist()]
-    by_kind = {question[0]: question for question in sorted(shuffled, key=lambda question: KINDS.index(question[0]))}
-    number = int(torch.randint(max(1, len(by_kind)), (), generator=generator))
-    first = list(by_kind.values())[number : number + 1]
-    return sorted(shuffled, key=lambda question: (question not in first, KINDS.index(question[0])))
+def _grouped(
+    said: list[tuple[str, str, str]], turns: int, generator: torch.Generator
+) -> Iterator[list[tuple[str, str, str]]]:
+    """Divides what is said of a scene among conversations; see :func:`draw_conversations`."""
+    if turns > 1:
+        said = [said[number] for number in torch.randperm(len(said), generator=generator).tolist()]
+        kinds = sorted({turn[0] for turn in said})
+        first = kinds[int(torch.randint(len(kinds), (), generator=generator))]
+        opening = next(turn for turn in said if turn[0] == first)
+        said = sorted(said, key=lambda turn: (turn is not opening, KINDS.index(turn[0])))
+        if first == CAPTION:
+            yield [said.pop(0)]
+    for at in range(0, len(said), turns):
+        yield said[at : at + turns]
 
 
 def _about(name: str, image: int, items: int, turns: Sequence[tuple[str, str]], kind: str) -> Conversation:

@@ -43,7 +43,6 @@ class Scene:
         visible: Visible part of every item's pixels, float32 of shape (n,), at least ``MIN_VISIBLE``.
         caption: One to three sentences.
         questions: One to five questions of different kinds.
-        further: All other questions about colours, corners and relations that have a single answer.
     """
 
     image: np.ndarray
@@ -55,7 +54,12 @@ class Scene:
     visible: np.ndarray
     caption: str
     questions: tuple[Question, ...]
-    further: tuple[Question, ...]
+
+    @property
+    def further(self) -> tuple[Question, ...]:
+        """All other questions about colours, corners and relations that have a single answer."""
+        known = further_questions(self.labels.tolist(), self.colors, _centers_of(self.boxes, len(self.image)))
+        return tuple(question for question in known if question not in self.questions)
 
 
 class FashionScenes(Dataset):
@@ -160,8 +164,7 @@ def _paint_scene(plan: Plan, sprites: list[_Sprite], masks: np.ndarray, canvas: 
     """Paints the items on the canvas, from back to front, and writes down what is where."""
     for sprite, color in zip(sprites, plan.colors, strict=True):
         _paint(canvas[sprite.window], sprite, COLORS[color])
-    labels, boxes = np.array(plan.labels, np.int64), _boxes_of(masks)
-    further = further_questions(plan.labels, plan.colors, _centers_of(boxes, len(canvas)))
+    labels = np.array(plan.labels, np.int64)
     semantic = np.zeros(canvas.shape[:2], np.uint8)
     for mask, label in zip(masks, plan.labels, strict=True):
         semantic[mask] = label + 1
@@ -169,13 +172,12 @@ def _paint_scene(plan: Plan, sprites: list[_Sprite], masks: np.ndarray, canvas: 
         image=canvas,
         semantic=semantic,
         masks=masks,
-        boxes=boxes.astype(np.float32),
+        boxes=_boxes_of(masks).astype(np.float32),
         labels=labels,
         colors=plan.colors,
         visible=_visible_parts(sprites, masks).astype(np.float32),
         caption=plan.caption,
         questions=plan.questions,
-        further=tuple(question for question in further if question not in plan.questions),
     )
 
 
@@ -210,7 +212,7 @@ def _boxes_of(masks: np.ndarray) -> np.ndarray:
 
 
 def _centers_of(boxes: np.ndarray, size: int) -> np.ndarray:
-    """Middles of boxes in an image, as fractions of its side, float64 (n, 2)."""
+    """Middles of boxes in an image, as fractions of its side, (n, 2)."""
     return (boxes[:, :2] + boxes[:, 2:]) / (2 * size)
 
 

@@ -123,7 +123,7 @@ def further_questions(labels: Sequence[int], colors: Sequence[str], centers: np.
     Classes and colours took their places at random, so here, too, no answer is more likely than another. That would not
     be so for counts, of which most are zero or one.
     """
-    alone = [item for item, label in enumerate(labels) if list(labels).count(label) == 1]
+    alone = [item for item, label in enumerate(labels) if labels.count(label) == 1]
     corners = {corner: _only_one_at(centers, corner, DRAWN_MARGIN) for corner in CORNERS}
     relations = {
         (direction, reference): _only_one_towards(centers, reference, direction, DRAWN_RATIO)
