@@ -1,5 +1,6 @@
 """Residual add and norm: every backend against the definition in float64, outputs and all gradients."""
 
+import importlib
 import runpy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,8 +246,9 @@ def test_a_16_bit_stream_gives_what_two_calls_give(name, device):
 )
 def test_triton_tiles_and_programs_meet_without_a_seam(monkeypatch, elements, most_rows, resident, warps, centered):
     implementation = pytest.importorskip("zoo.kernels.add_norm.triton")
-    monkeypatch.setattr(implementation, "ELEMENTS", elements)
-    monkeypatch.setattr(implementation, "MOST_ROWS", most_rows)
+    rows = importlib.import_module("zoo.kernels.triton_rows")
+    monkeypatch.setattr(rows, "ELEMENTS", elements)
+    monkeypatch.setattr(rows, "MOST_ROWS", most_rows)
     monkeypatch.setattr(implementation, "RESIDENT_WARPS", resident)
     monkeypatch.setattr(implementation, "FORWARD_WARPS", warps)
     # rows that are not there must not count, whatever eps is

@@ -19,9 +19,10 @@ from zoo.kernels.triton_rows import centre, inverse_rms, load_channels, row_opti
 __all__ = ["backward", "forward"]
 
 FORWARD_WARPS = 1  # at least, of a program: each has rows of its own where they are narrow
-RESIDENT_WARPS = 12  # of backward programs on a multiprocessor: with more, none of them is faster
-STAGES = 3  # of backward programs: two tiles are loaded into shared memory while the one before is worked on
-STAGES_WIDE, WIDE = 2, 1024  # of rows with more channels, which take more shared memory
+# Warps of backward programs on a multiprocessor, and stages: with three, two tiles are loaded into shared memory while
+# the one before is worked on, which pays for rows that are small in memory.
+RESIDENT_WARPS, STAGES = 16, 2
+RESIDENT_WARPS_SMALL, STAGES_SMALL, WIDEST_SMALL = 12, 3, 1024  # of 16-bit rows with up to so many channels
 
 
 @triton.jit
@@ -149,9 +150,10 @@ def backward(
     rows = stream.numel() // D
     exact = accumulate_dtype(stream)
     options = row_options(exact, D, eps)
-    resident = multiprocessors(stream.device) * max(1, RESIDENT_WARPS // options["num_warps"])
+    small = stream.dtype.itemsize == 2 and options["BLOCK"] <= WIDEST_SMALL
+    warps, stages = (RESIDENT_WARPS_SMALL, STAGES_SMALL) if small else (RESIDENT_WARPS, STAGES)
+    resident = multiprocessors(stream.device) * max(1, warps // options["num_warps"])
     programs = min(ceil_div(rows, options["ROWS"]), resident)
-    stages = STAGES if options["BLOCK"] <= WIDE else STAGES_WIDE
     d_stream = stream.new_empty(stream.shape, dtype=stream_dtype)
     d_update = None if update_dtype is None else stream.new_empty(stream.shape, dtype=update_dtype)
     sums = stream.new_empty(1 if bias_dtype is None else 2, programs, D, dtype=exact)
