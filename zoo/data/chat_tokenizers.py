@@ -17,6 +17,7 @@ __all__ = ["WordChatTokenizer", "open_tokenizer", "restore_tokenizer", "tokenize
 
 MARK = re.compile(r"<\|\w+\|>")  # how chat formats write what is no text
 END = "<|endoftext|>"
+SHORT = 80  # characters of a text whose tokens are kept
 NAMED_TOKENS = ("eos_token", "pad_token")  # that tokenizers of transformers keep beside their vocabulary
 
 
@@ -44,6 +45,7 @@ class WordChatTokenizer:
         others = [mark for mark in dict.fromkeys(marks) if mark != END]
         self.marks = {END: self.words.eot}
         self.marks |= {mark: number for number, mark in enumerate(others, self.words.vocab_size)}
+        self._known: dict[str, list[int]] = {}  # questions and answers come again and again
         self.split = re.compile(f"({'|'.join(map(re.escape, self.marks))})").split
 
     @property
@@ -60,10 +62,18 @@ class WordChatTokenizer:
         Raises:
             ValueError: For a word that is not in the vocabulary; the message names the nearest.
         """
+        tokens = self._known.get(text)
+        if tokens is None:
+            tokens = self._encode(text)
+            if len(text) <= SHORT:
+                self._known[text] = tokens
+        return {"input_ids": list(tokens)}
+
+    def _encode(self, text: str) -> list[int]:
         tokens = []
         for piece in self.split(text):
             tokens += [self.marks[piece]] if piece in self.marks else self.words.encode(piece)
-        return {"input_ids": tokens}
+        return tokens
 
     def decode(self, tokens: Iterable[int], **options: Any) -> str:
         """The text up to the first end, in lower case, without marks; options of transformers make no difference."""
