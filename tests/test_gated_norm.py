@@ -262,3 +262,14 @@ def test_a_gated_layer_is_a_layer_and_a_gate(device, autocast, activation):
         expected = norm(x) * {"silu": F.silu, "gelu": F.gelu, None: lambda z: z}[activation](z)
     assert got.dtype == z.dtype
     assert_close(dict(out=got), dict(out=expected.double()), 2e-2 if autocast else 1e-5)
+
+
+def test_hooks_of_the_norm_see_normed_rows(device):
+    norm, seen = LayerNorm(12, device=device), []
+    x, z = torch.randn(2, 5, 12, device=device), torch.randn(2, 5, 12, device=device)
+    expected = norm.gated(x, z, "silu")
+    norm.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, output)))
+    torch.testing.assert_close(norm.gated(x, z, "silu"), expected)
+    ((given, normed),) = seen
+    assert given is x
+    torch.testing.assert_close(normed * F.silu(z), expected)

@@ -39,6 +39,8 @@ class LayerNorm(nn.LayerNorm):
 
     def gated(self, x: Tensor, z: Tensor, activation: GateActivation | None) -> Tensor:
         """Normed rows (..., C) times the activation of a gate z (..., C), in the dtype of z."""
+        if self._forward_hooks or self._forward_pre_hooks:  # which want to see rows and normed rows
+            return self(x).to(z.dtype) * GATES[activation](z)
         return _gated_layer_norm(x, z, self.normalized_shape, self.weight, self.bias, self.eps, activation)
 
 
