@@ -267,7 +267,7 @@ def test_class_balance_over_processes_is_that_of_all_samples(tmp_path):
     ]
     for worker in workers:
         worker.start()
-    scores = dict(results.get(timeout=60) for _ in workers)
+    scores = dict(results.get(timeout=300) for _ in workers)
     for worker in workers:
         worker.join()
     for rank in range(3):

@@ -47,6 +47,23 @@ register_notrace_function(causal_conv1d)
 register_notrace_function(ssd)
 
 
+@torch.fx.wrap
+@register_notrace_function
+def _gate_and_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, gate_first: bool, groups: int) -> Tensor:
+    """RMS norm of groups of channels and gate (B, L, E). A single node for FX.
+
+    On CPUs torch keeps what the backward needs, which the op would compute again.
+    """
+    if y.device.type != "cpu":
+        return gated_rms_norm(y, z, weight, eps, gate_first=gate_first, groups=groups)
+    gate, weight = F.silu(z), weight.to(y.dtype)
+    rows = (y * gate if gate_first else y).unflatten(-1, (groups, -1))
+    common = weight.shape == rows.shape[-1:]  # to all groups
+    normed = F.rms_norm(rows, rows.shape[-1:], weight if common else None, eps).flatten(-2)
+    normed = normed if common else normed * weight
+    return normed if gate_first else normed * gate
+
+
 class SSDState(NamedTuple):
     """What a mixer carries from one stretch of a sequence to the next.
 
@@ -238,21 +255,11 @@ class SSDMixer(nn.Module):
 
     def _gate_and_norm(self, y: Tensor, z: Tensor) -> Tensor:
         """Output of a direction and gate, both (B, L, E), to (B, L, E)."""
-        if self.norm is not None and y.device.type != "cpu":
-            gate_first = self.norm == "gate_first"
-            groups = self.norm_groups if gate_first else self.heads
-            return gated_rms_norm(y, z, self.norm_weight, self.norm_eps, gate_first=gate_first, groups=groups)
-        if self.norm == "head_first":
-            heads = y.unflatten(-1, (self.heads, self.head_dim))
-            normed = F.rms_norm(heads, (self.head_dim,), self.norm_weight.to(y.dtype), self.norm_eps)
-            return normed.flatten(-2) * F.silu(z)
         if self.norm is None:
             return y * F.silu(z + self.z_bias)
-        y = y * F.silu(z)
-        if self.norm_groups == 1:
-            return F.rms_norm(y, y.shape[-1:], self.norm_weight.to(y.dtype), self.norm_eps)
-        groups = y.unflatten(-1, (self.norm_groups, -1))
-        return F.rms_norm(groups, groups.shape[-1:], eps=self.norm_eps).flatten(-2) * self.norm_weight.to(y.dtype)
+        gate_first = self.norm == "gate_first"
+        groups = self.norm_groups if gate_first else self.heads
+        return _gate_and_norm(y, z, self.norm_weight, self.norm_eps, gate_first, groups)
 
     def forward(
         self, x: Tensor, state: SSDState | None = None, return_state: bool = False
