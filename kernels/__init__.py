@@ -20,7 +20,7 @@ from zoo.kernels.dt_projection import (
     steps_of_rows,
 )
 from zoo.kernels.exporting import is_exporting
-from zoo.kernels.gated_norm import GATES, GateActivation, gated_layer_norm, gated_rms_norm
+from zoo.kernels.gated_norm import GATES, GateActivation, gated_layer_norm, gated_norm_in_steps, gated_rms_norm
 from zoo.kernels.registration import without_autocast
 from zoo.kernels.selective_scan import LARGEST_WINDOW, projected_scan, selective_scan, selective_scan_fn
 from zoo.kernels.ssd import ssd
@@ -44,6 +44,7 @@ __all__ = [
     "depthwise_conv2d",
     "dt_projection_backward",
     "gated_layer_norm",
+    "gated_norm_in_steps",
     "gated_rms_norm",
     "is_exporting",
     "pad_projections",

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from zoo.kernels._triton import ceil_div, next_power_of_2
 
-__all__ = ["centre", "inverse_rms", "load_channels", "row_options", "row_tile"]
+__all__ = ["centre", "inverse_rms", "load_channels", "norm_gradient", "row_options", "row_tile"]
 
 ELEMENTS = 16  # of a row, or of several, in a lane; backward kernels have five to seven such tiles in registers
 MOST_ROWS = 32  # of a tile: what is known of a row takes registers too
@@ -43,6 +43,15 @@ def centre(x, mask, D: tl.constexpr):
 def inverse_rms(x, row, rows, D: tl.constexpr, EPS: tl.constexpr):
     """1 / sqrt(mean square + eps) of every row, (ROWS, 1); finite for rows that are not there, also if eps is 0."""
     return tl.rsqrt(tl.where(row < rows, tl.sum(x * x, axis=1) / D + EPS, 1.0))[:, None]
+
+
+@triton.jit
+def norm_gradient(g, normed, inverse, D: tl.constexpr, CENTERED: tl.constexpr):
+    """Gradient of rows whose norm, before weight and bias, is ``normed`` and has the gradient g."""
+    d_x = g - normed * (tl.sum(g * normed, axis=1)[:, None] / D)
+    if CENTERED:
+        d_x -= tl.sum(g, axis=1)[:, None] / D
+    return d_x * inverse
 
 
 def row_options(exact: torch.dtype, D: int, eps: float, least_warps: int = 1) -> dict:

@@ -1,7 +1,31 @@
 """What tests of several ops share; they load this file with ``runpy``."""
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
+
+BACKENDS = [  # and devices
+    ("cpu", "cpu"),
+    ("reference", "cpu"),
+    pytest.param("triton", "cpu", marks=pytest.mark.interpreted),
+    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+]
+
+
+def subjects(cases: Iterable[str], gpu_cases: Iterable[str]) -> list[Any]:
+    """Backend, device and case of a test that runs all cases, the larger ones on GPUs alone."""
+    return [
+        *[(backend, "cpu", name) for backend in ("cpu", "reference") for name in cases],
+        *[pytest.param("triton", "cpu", name, marks=pytest.mark.interpreted) for name in cases],
+        *[
+            pytest.param(backend, "cuda", name, marks=pytest.mark.gpu)
+            for backend in ("triton", "cpu")
+            for name in (*cases, *gpu_cases)
+        ],
+    ]
 
 
 def with_gradients(out: Tensor, inputs: tuple[Tensor | None, ...]) -> dict[str, Tensor]:

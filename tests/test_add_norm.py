@@ -14,7 +14,7 @@ from zoo.kernels import add_layer_norm, add_rms_norm, use_backend
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 checks = runpy.run_path(str(Path(__file__).with_name("op_checks.py")))
-assert_close = checks["assert_close"]
+BACKENDS, assert_close = checks["BACKENDS"], checks["assert_close"]
 
 
 @dataclass(frozen=True)
@@ -104,21 +104,7 @@ RMS_GPU_CASES = {
 }
 GPU_CASES = both_norms(RMS_GPU_CASES)
 GPU_CASES.update(layer_norm_vmamba_tiny_224=Case((8, 56, 56, 96), scale=True, centered=True, bias=True))
-SUBJECTS = [
-    *[(backend, "cpu", name) for backend in ("cpu", "reference") for name in CASES],
-    *[pytest.param("triton", "cpu", name, marks=pytest.mark.interpreted) for name in CASES],
-    *[
-        pytest.param(backend, "cuda", name, marks=pytest.mark.gpu)
-        for backend in ("triton", "cpu")
-        for name in (*CASES, *GPU_CASES)
-    ],
-]
-BACKENDS = [
-    ("cpu", "cpu"),
-    ("reference", "cpu"),
-    pytest.param("triton", "cpu", marks=pytest.mark.interpreted),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
-]
+SUBJECTS = checks["subjects"](CASES, GPU_CASES)
 DTYPES = [  # of stream, update and normed rows, with the tolerances of the stream and of what is normed
     (F32, BF16, BF16, 1e-6, 8e-3),
     (F32, F16, None, 1e-6, 3e-6),

@@ -16,7 +16,7 @@ from zoo.kernels import bias_gelu, use_backend
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 checks = runpy.run_path(str(Path(__file__).with_name("op_checks.py")))
-assert_close = checks["assert_close"]
+BACKENDS, assert_close = checks["BACKENDS"], checks["assert_close"]
 
 SHAPES = {
     "one": (1,),
@@ -27,21 +27,7 @@ SHAPES = {
     "grid": (2, 3, 5, 8),
 }
 GPU_SHAPES = {"vmamba_tiny_224": (8, 56, 56, 384), "wide": (3, 501, 2500), "narrow": (3, 40001, 3)}
-BACKENDS = [
-    ("cpu", "cpu"),
-    ("reference", "cpu"),
-    pytest.param("triton", "cpu", marks=pytest.mark.interpreted),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
-]
-SUBJECTS = [
-    *[(backend, "cpu", name) for backend in ("cpu", "reference") for name in SHAPES],
-    *[pytest.param("triton", "cpu", name, marks=pytest.mark.interpreted) for name in SHAPES],
-    *[
-        pytest.param(backend, "cuda", name, marks=pytest.mark.gpu)
-        for backend in ("triton", "cpu")
-        for name in (*SHAPES, *GPU_SHAPES)
-    ],
-]
+SUBJECTS = checks["subjects"](SHAPES, GPU_SHAPES)
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, bias_dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:

@@ -72,15 +72,7 @@ GPU_CASES = {
     "four_shared": Case(2, 333, 257, 3, K=4, reverse=(True, True, False, False)),
     "single": Case(2, 300, 384, 2),
 }
-SUBJECTS = [
-    *[(backend, "cpu", name) for backend in ("cpu", "reference") for name in CASES],
-    *[pytest.param("triton", "cpu", name, marks=pytest.mark.interpreted) for name in CASES],
-    *[
-        pytest.param(backend, "cuda", name, marks=pytest.mark.gpu)
-        for backend in ("triton", "cpu")
-        for name in (*CASES, *GPU_CASES)
-    ],
-]
+SUBJECTS = checks["subjects"](CASES, GPU_CASES)
 
 
 def run_op(case: Case, inputs: tuple, backend: str = "auto") -> dict[str, Tensor]:

@@ -68,15 +68,7 @@ GPU_CASES = {
     "plain_mamba": Case(3, 14, 15, 384, side=7),
     "odd": Case(3, 37, 53, 77, activation="gelu"),
 }
-SUBJECTS = [
-    *[(backend, "cpu", name) for backend in ("cpu", "reference") for name in CASES],
-    *[pytest.param("triton", "cpu", name, marks=pytest.mark.interpreted) for name in CASES],
-    *[
-        pytest.param(backend, "cuda", name, marks=pytest.mark.gpu)
-        for backend in ("triton", "cpu")
-        for name in (*CASES, *GPU_CASES)
-    ],
-]
+SUBJECTS = checks["subjects"](CASES, GPU_CASES)
 
 
 def run_op(case: Case, inputs: tuple, backend: str = "auto") -> dict[str, Tensor]:

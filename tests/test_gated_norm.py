@@ -18,7 +18,7 @@ from zoo.kernels import gated_layer_norm, gated_rms_norm, use_backend
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 checks = runpy.run_path(str(Path(__file__).with_name("op_checks.py")))
-assert_close = checks["assert_close"]
+BACKENDS, assert_close = checks["BACKENDS"], checks["assert_close"]
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,7 @@ GPU_CASES = {
     "widest": Case((2, 300, 8192), centered=True, bias=True),
     "many_narrow_rows": Case((3, 40001, 3)),
 }
-BACKENDS = [
-    ("cpu", "cpu"),
-    ("reference", "cpu"),
-    pytest.param("triton", "cpu", marks=pytest.mark.interpreted),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
-]
-SUBJECTS = [
-    *[(backend, "cpu", name) for backend in ("cpu", "reference") for name in CASES],
-    *[pytest.param("triton", "cpu", name, marks=pytest.mark.interpreted) for name in CASES],
-    *[
-        pytest.param(backend, "cuda", name, marks=pytest.mark.gpu)
-        for backend in ("triton", "cpu")
-        for name in (*CASES, *GPU_CASES)
-    ],
-]
+SUBJECTS = checks["subjects"](CASES, GPU_CASES)
 
 
 def with_gradients(function: Callable[..., Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -38,10 +38,12 @@ class LayerNorm(nn.LayerNorm):
         return _layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.narrow)
 
     def gated(self, x: Tensor, z: Tensor, activation: GateActivation | None) -> Tensor:
-        """Normed rows (..., C) times the activation of a gate z (..., C), in the dtype of z."""
-        if self._forward_hooks or self._forward_pre_hooks:  # which want to see rows and normed rows
+        """Normed rows (..., C) times the activation of a gate z (..., C), in the dtype of z. FX cannot trace it."""
+        watched = self._forward_hooks or self._forward_pre_hooks  # which want to see rows and normed rows
+        # On CPUs torch keeps what the backward needs, which the op would compute again.
+        if watched or x.device.type == "cpu" or self.normalized_shape[0] > MAX_NORM_CHANNELS:
             return self(x).to(z.dtype) * GATES[activation](z)
-        return _gated_layer_norm(x, z, self.normalized_shape, self.weight, self.bias, self.eps, activation)
+        return gated_layer_norm(x, z, self.weight, self.bias, self.eps, activation=activation)
 
 
 def normed_dtype(device: str, dtype: torch.dtype, narrow: bool) -> torch.dtype:
@@ -71,21 +73,3 @@ def _layer_norm(
     if plain_on_cpu(dtype, x, weight) or shape[0] > MAX_NORM_CHANNELS:
         return F.layer_norm(x, shape, weight, bias, eps).to(dtype)
     return add_layer_norm(None, x, weight, bias, eps, dtype)[0]
-
-
-@torch.fx.wrap
-@register_notrace_function
-def _gated_layer_norm(
-    x: Tensor,
-    z: Tensor,
-    shape: tuple[int, ...],
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    activation: GateActivation | None,
-) -> Tensor:
-    """A single node for FX. On CPUs torch keeps what the backward needs, which the op would compute again."""
-    if x.device.type == "cpu" or shape[0] > MAX_NORM_CHANNELS:
-        normed = _layer_norm(x, shape, weight, bias, eps, True).to(z.dtype)
-        return normed * GATES[activation](z)
-    return gated_layer_norm(x, z, weight, bias, eps, activation=activation)

@@ -18,7 +18,7 @@ from zoo.backbones.layers.layer_norm import LayerNorm
 from zoo.backbones.layers.recurrence import check_window, init_decays, init_steps, negative_exp
 from zoo.backbones.layers.stacked_linear import project_steps
 from zoo.backbones.scans import scan_paths
-from zoo.kernels import is_exporting, projected_scan, selective_scan, ssd
+from zoo.kernels import GATES, is_exporting, projected_scan, selective_scan, ssd
 
 __all__ = [
     "SS2D",
@@ -338,10 +338,13 @@ class SS2D(nn.Module):
             self.reverse = FULL_SCANS.get(scan, (False, True, False, True))
         else:  # a strategy's number of paths is known once it is asked; a small grid will do
             self.reverse = (False,) * len(scan_paths(scan, 2, 2, **self.scan_options))
-        self.gate, self.activation, self.output_activation = gate, activation, output_activation
+        self.gate, self.output_activation = gate, output_activation
+        self.gate_activation = activation if gate == "activated" else None
         self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False, **dd)
-        self.act = ACTIVATIONS[activation]()
-        self.conv = DepthwiseConv(inner, d_conv, conv_bias, activation, **dd) if d_conv > 1 else self.act
+        if d_conv > 1:
+            self.conv = DepthwiseConv(inner, d_conv, conv_bias, activation, **dd)
+        else:
+            self.conv = ACTIVATIONS[activation]()
         if recurrence == "ssd":
             self.ssm = SSDPaths(inner, len(self.reverse), d_state, rank, **dd)
         else:
@@ -361,13 +364,11 @@ class SS2D(nn.Module):
     def _norm_and_gate(self, y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Sum of the paths and gate, if there is one, both (B, H, W, E), to (B, H, W, E) in ``dtype``."""
         if z is not None and isinstance(self.out_norm, LayerNorm) and not self.output_activation:
-            return self.out_norm.gated(y, z, self.activation if self.gate == "activated" else None)
+            return self.out_norm.gated(y, z, self.gate_activation)
         y = self.out_norm(y.to(self.out_proj.weight.dtype) if dtype == torch.float16 else y).to(dtype)
         if self.output_activation:
             y = F.gelu(y)
-        if z is not None:
-            y = y * (self.act(z) if self.gate == "activated" else z)
-        return y
+        return y if z is None else y * GATES[self.gate_activation](z)
 
     def _scan(self, u: Tensor) -> Tensor:
         """Map (B, H, W, E) to the sum of all paths on it (B, H, W, E)."""

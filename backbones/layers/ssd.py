@@ -24,7 +24,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from zoo.backbones.layers.recurrence import init_steps, negative_exp
-from zoo.kernels import causal_conv1d, gated_rms_norm, ssd
+from zoo.kernels import causal_conv1d, gated_norm_in_steps, gated_rms_norm, ssd
 
 __all__ = ["Decay", "MixerNorm", "SSDMixer", "SSDState", "stack_ssd_parameters"]
 
@@ -56,12 +56,7 @@ def _gate_and_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, gate_first:
     """
     if y.device.type != "cpu":
         return gated_rms_norm(y, z, weight, eps, gate_first=gate_first, groups=groups)
-    gate, weight = F.silu(z), weight.to(y.dtype)
-    rows = (y * gate if gate_first else y).unflatten(-1, (groups, -1))
-    common = weight.shape == rows.shape[-1:]  # to all groups
-    normed = F.rms_norm(rows, rows.shape[-1:], weight if common else None, eps).flatten(-2)
-    normed = normed if common else normed * weight
-    return normed if gate_first else normed * gate
+    return gated_norm_in_steps(y, z, weight.to(y.dtype), None, groups, eps, "silu", gate_first, centered=False)
 
 
 class SSDState(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.kernels._triton import ceil_div, device_guard, multiprocessors
 from zoo.kernels.registration import accumulate_dtype
-from zoo.kernels.triton_rows import centre, inverse_rms, load_channels, row_options, row_tile
+from zoo.kernels.triton_rows import centre, inverse_rms, load_channels, norm_gradient, row_options, row_tile
 
 __all__ = ["backward", "forward"]
 
@@ -84,11 +84,7 @@ def _backward_kernel(
         d_weight += g * x
         if HAS_BIAS:
             d_bias += g
-        g *= factors
-        d_x = g - x * (tl.sum(g * x, axis=1)[:, None] / D)
-        if CENTERED:
-            d_x -= tl.sum(g, axis=1)[:, None] / D
-        d_x *= inverse
+        d_x = norm_gradient(g * factors, x, inverse, D, CENTERED)
         if HAS_GRAD_STREAM:
             d_x += passed_on
         tl.store(d_stream + first * D + offset, d_x, mask=mask)

@@ -13,9 +13,10 @@ are kept for the backward, which reads each once.
 
 from torch import Tensor
 
+from zoo.kernels.gated_norm.cpu import gated_norm_in_steps
 from zoo.kernels.gated_norm.op import GATES, GateActivation, gated_norm_op
 
-__all__ = ["GATES", "GateActivation", "gated_layer_norm", "gated_rms_norm"]
+__all__ = ["GATES", "GateActivation", "gated_layer_norm", "gated_norm_in_steps", "gated_rms_norm"]
 
 
 def gated_layer_norm(

@@ -7,7 +7,7 @@ from torch import Tensor
 from zoo.kernels.gated_norm.op import GATES, sum_dtype
 from zoo.kernels.registration import without_autocast
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "gated_norm_in_steps"]
 
 GATE_GRADIENTS = {
     "silu": torch.ops.aten.silu_backward,
@@ -23,7 +23,7 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, cen
     return normed if bias is None else normed + bias
 
 
-def _gated_norm(
+def gated_norm_in_steps(
     x: Tensor,
     z: Tensor,
     weight: Tensor,
@@ -34,7 +34,7 @@ def _gated_norm(
     gate_first: bool,
     centered: bool,
 ) -> Tensor:
-    """Outputs (..., D) of inputs that are all of the dtype of sums."""
+    """Outputs (..., D) of inputs that are all of one dtype, for autograd to differentiate."""
     gate = GATES[activation](z)
     rows = (x * gate if gate_first else x).unflatten(-1, (groups, -1))  # (..., G, W)
     if weight.shape == rows.shape[-1:]:
@@ -50,7 +50,7 @@ def forward(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, *options:
     """Outputs (..., D) in z's dtype from the inputs of ``op.py``, the last of which are ``options``."""
     exact = sum_dtype(x, z)
     tensors = (None if t is None else t.to(exact) for t in (x, z, weight, bias))
-    return _gated_norm(*tensors, *options).to(z.dtype).contiguous()
+    return gated_norm_in_steps(*tensors, *options).to(z.dtype).contiguous()
 
 
 @without_autocast

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoo.kernels._triton import ceil_div, contiguous_channels, device_guard, multiprocessors
 from zoo.kernels.gated_norm.op import sum_dtype
 from zoo.kernels.triton_math import activate, activation_slope
-from zoo.kernels.triton_rows import centre, inverse_rms, load_channels, row_options, row_tile
+from zoo.kernels.triton_rows import centre, inverse_rms, load_channels, norm_gradient, row_options, row_tile
 
 __all__ = ["backward", "forward"]
 
@@ -88,11 +88,7 @@ def _backward_kernel(
         d_weight += g * v
         if HAS_BIAS:
             d_bias += g
-        g *= factors
-        d_v = g - v * (tl.sum(g * v, axis=1)[:, None] / D)
-        if CENTERED:
-            d_v -= tl.sum(g, axis=1)[:, None] / D
-        d_v *= inverse
+        d_v = norm_gradient(g * factors, v, inverse, D, CENTERED)
         if GATE_FIRST:
             tl.store(d_z + at, d_v * given * slope, mask=mask)
             d_v *= gate
