@@ -54,7 +54,41 @@ def conv_norm_act(in_channels: int, channels: int, kernel_size: int = 1, norm: N
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """A map (B, D, H, W) at another size (H, W), bilinearly, by the corners of its cells; see :func:`channels_last`."""
-    return channels_last(F.interpolate(channels_last(x), size=tuple(size), mode="bilinear", align_corners=False))
+    if x.device.type != "cpu" and x.requires_grad and torch.is_grad_enabled():
+        return channels_last(_Resize.apply(channels_last(x), tuple(size)))
+    return channels_last(_bilinear(channels_last(x), size))
+
+
+def _bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class _Resize(torch.autograd.Function):
+    """Bilinear resize (B, D, H, W) to (B, D, P, Q) whose gradient is two products of matrices.
+
+    torch's own kernel for GPUs adds every gradient to four places with atomics, in the maps' dtype: slowly in bfloat16,
+    rounded after each of up to hundreds of summands, and in another order every time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.size = x.shape[-2:]
+        return _bilinear(x, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows, columns = (_shares(n, m, grad) for n, m in zip(ctx.size, grad.shape[-2:], strict=True))
+        grad = grad.movedim(1, -1)  # (B, P, Q, D), as it lies in memory
+        with torch.autocast(grad.device.type, enabled=False):
+            d_rows = rows @ grad.flatten(2)  # (B, H, Q D)
+            d_x = columns @ d_rows.unflatten(2, grad.shape[2:])  # (B, H, W, D)
+        return d_x.movedim(-1, 1), None
+
+
+def _shares(size: int, resized: int, like: Tensor) -> Tensor:
+    """How much each of ``size`` places gives to each of ``resized`` ones (size, resized)."""
+    places = torch.eye(size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device).unsqueeze(0)
+    return F.interpolate(places, size=resized, mode="linear", align_corners=False).squeeze(0).to(like.dtype)
 
 
 def channels_last(x: Tensor) -> Tensor:

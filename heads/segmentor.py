@@ -128,10 +128,11 @@ class Segmentor(nn.Module):
         """Weighted sum of the cross-entropy of some images' pixels, and of their weights."""
         masks = masks.long()
         logits = resize(logits.float(), masks.shape[-2:]).permute(0, 2, 3, 1).flatten(0, 2)  # (pixels, K)
-        total = F.cross_entropy(logits, masks.flatten(), self.class_weights, ignore_index=IGNORED, reduction="sum")
+        # Added up afterwards: torch's own sum over rows is the work of a single block of threads on GPUs.
+        losses = F.cross_entropy(logits, masks.flatten(), self.class_weights, ignore_index=IGNORED, reduction="none")
         counts = masks != IGNORED
         weights = counts if self.class_weights is None else counts * self.class_weights[masks.where(counts, 0)]
-        return total, weights.sum(dtype=torch.float32)
+        return losses.sum(), weights.sum(dtype=torch.float32)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether the backbone's blocks are recomputed in the backward instead of kept."""

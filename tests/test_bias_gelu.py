@@ -17,6 +17,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 checks = runpy.run_path(str(Path(__file__).with_name("op_checks.py")))
 BACKENDS, assert_close = checks["BACKENDS"], checks["assert_close"]
+OWN = BACKENDS[1:]  # without torch's kernel for CPUs: that of 2.14 has fewer digits, and nan where x is infinite
 
 SHAPES = {
     "one": (1,),
@@ -71,7 +72,7 @@ def test_dtypes(backend, device, name, dtype, bias_dtype, tolerance):
     assert_close(got, by_definition(*given), tolerance)
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", OWN)
 def test_every_16_bit_number_is_rounded_once(backend, device):
     """What P is approximated by is off by less than the rounding of its product, wherever that has all its digits."""
     x = torch.linspace(-4, 4, 4001, device=device).to(F16)[:, None]
@@ -82,7 +83,7 @@ def test_every_16_bit_number_is_rounded_once(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", OWN)
 def test_numbers_that_are_not_finite(backend, device, dtype):
     x = torch.tensor([[math.inf, math.nan, 1e4, -1e4]], device=device, dtype=dtype)
     with use_backend(backend):

@@ -13,7 +13,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from zoo import backbones
-from zoo.heads import create_head, list_heads, register_head
+from zoo.heads import create_head, layers, list_heads, register_head
 from zoo.heads.dense_backbone import DenseBackbone
 from zoo.heads.mmseg_weights import load_segmentor_weights
 from zoo.heads.rescale_pyramid import RescalePyramid
@@ -103,6 +103,25 @@ def test_any_image_size(name):
     model = small(name, img_size=(64, 96)).eval()
     for height, width in ((64, 96), (70, 101), (33, 64)):
         assert model(torch.randn(1, 3, height, width)).shape == (1, CLASSES, height, width)
+
+
+@pytest.mark.parametrize("sizes", [((8, 12), (32, 48)), ((7, 5), (50, 33)), ((1, 3), (9, 3)), ((20, 31), (6, 31))])
+def test_gradient_of_a_resize(sizes):
+    """By products of matrices, as maps on GPUs take it: torch's own in float64, and close to it in bfloat16."""
+    size, resized = sizes
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 3, *resized, dtype=torch.float64)
+    y = layers._Resize.apply(x, resized)
+    expected = F.interpolate(x, resized, mode="bilinear")
+    assert torch.equal(y, expected)
+    (d_expected,) = torch.autograd.grad(expected, x, grad)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], d_expected)
+
+    narrow = x.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(layers._Resize.apply(narrow, resized), narrow, grad.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - d_expected).norm() <= 8e-3 * d_expected.norm()
 
 
 @pytest.mark.parametrize("most_logits", [1, 1 << 26])

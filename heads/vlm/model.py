@@ -307,8 +307,9 @@ class VisionLanguageModel(nn.Module):
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over targets (B, T) that are not -100, 0 if all are; logits (B, T, V)."""
-    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (targets != IGNORED).sum().clamp(min=1)
+    # Added up afterwards: torch's own sum over rows is the work of a single block of threads on GPUs.
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.sum() / (targets != IGNORED).sum().clamp(min=1)
 
 
 def _decays(name: str, parameter: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Training steps of small models without waiting for the host, which issues kernels slower than a GPU runs them."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ def capture_training(model: nn.Module, shape: tuple[int, ...], precision: str, *
     # A weight that autocast narrowed once and kept would be what every replay reads.
     with autocast(images.device, precision, keep_weights=False):
         torch.cuda.make_graphed_callables(model.train(), (images, *others), allow_unused_input=True)
+    # torch warns of this in every run: the captured graph keeps them, and they belong to the stream of the capture.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)
