@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import zoo
-from zoo.heads.vlm import create_decoder, read, stream
+from zoo.heads.vlm import create_decoder, mixers, read, stream
 from zoo.heads.vlm.mixers import recurrent_mixers
 from zoo.vlm import load_state, save_state
 from zoo.weights import save_weights
@@ -135,6 +135,25 @@ def test_logits_and_gradients_are_those_of_transformers(name):
         if expected.grad is not None:
             scale = expected.grad.abs().max().item()
             torch.testing.assert_close(given.grad, expected.grad, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=key)
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_norms_on_gpus_are_those_of_transformers(name):
+    """In one pass, and in autocast's dtype, as what reads them would make them."""
+    norms = [module for module in decoder(name).modules() if type(module).__name__ in mixers.NORMS]
+    assert len(norms) >= 2 and all("forward" in vars(norm) for norm in norms)
+    for norm in norms:
+        x = torch.randn(2, 5, norm.weight.numel(), requires_grad=True)
+        grad = torch.randn_like(x)
+        expected, ours = norm(x), mixers._rms_norm(x, norm.weight, norm.variance_epsilon)
+        torch.testing.assert_close(ours, expected)
+        wanted, found = (torch.autograd.grad(y, (x, norm.weight), grad) for y in (expected, ours))
+        torch.testing.assert_close(found, wanted)
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = mixers._rms_norm(x, norm.weight, norm.variance_epsilon)
+        torch.testing.assert_close(narrow, expected.bfloat16())
+        half = mixers._rms_norm(x.bfloat16(), norm.weight.bfloat16(), norm.variance_epsilon)
+        assert half.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -276,9 +276,10 @@ class SSDMixer(nn.Module):
             initial = self.initial_state.expand(x.shape[0], -1, -1, -1)  # (B, H, P, N)
         z, xBC, dt = self.in_proj(x).split([self.projected[0], sum(self.projected[1:4]), self.projected[4]], dim=-1)
         convolved, conv_inputs = self._convolve(xBC, None if state is None else state.conv)
+        directions = convolved.unbind(1)  # whose gradients become one tensor in one pass
         outputs = []
         for k in range(len(self.reverse)):
-            y, last_state = self._scan(convolved[:, k], dt, k, initial)
+            y, last_state = self._scan(directions[k], dt, k, initial)
             outputs.append(self._gate_and_norm(y, z))
         out = self.out_proj(outputs[0] if len(outputs) == 1 else (outputs[0] + outputs[1]) / 2)
         if not return_state:

@@ -1,14 +1,15 @@
-"""Mamba-1 and Mamba-2 mixers of transformers' language models on this package's kernels.
+"""Mamba-1 and Mamba-2 mixers of transformers' language models, and their RMS norms, on this package's kernels.
 
 transformers works the selective scan of Mamba-1 (arXiv 2312.00752) through a Python loop over tokens unless
-CUDA packages are installed. Here the ``forward`` of every mixer is replaced on the instance; parameters, their names,
-the initialisation and the cache classes stay transformers'. What is different in the result:
+CUDA packages are installed. Here the ``forward`` of every mixer and norm is replaced on the instance; parameters, their
+names, the initialisation and the cache classes stay transformers'. What is different in the result:
 
 1. A cache may be continued by any number of tokens: transformers starts Mamba-1's state anew unless it is one token.
 2. Padding leaves state and convolution untouched wherever it is, also after tokens that are in the cache already.
 3. Steps are clamped to the model's limits in cached decoding too, as they are in training.
 4. Mamba-2's gated norm works on each group of heads that share B and C, as in the authors' models; transformers' class
    norms all groups together, which differs where there are several (Codestral-Mamba).
+5. RMS norms on GPUs round once, and to autocast's dtype where it is on, as linear layers would afterwards.
 """
 
 import logging
@@ -22,7 +23,15 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.recurrence import negative_exp
 from zoo.heads.vlm.steps import convolution_step, selective_step, ssd_step
-from zoo.kernels import causal_conv1d, gated_rms_norm, selective_scan, ssd
+from zoo.kernels import (
+    MAX_NORM_CHANNELS,
+    add_rms_norm,
+    autocast_dtype,
+    causal_conv1d,
+    gated_rms_norm,
+    selective_scan,
+    ssd,
+)
 
 __all__ = ["recurrent_mixers", "use_zoo_kernels"]
 
@@ -33,7 +42,7 @@ NO_STEP = -1e4  # softplus of it is 0 in every dtype: the state neither decays n
 
 
 def use_zoo_kernels(model: nn.Module) -> int:
-    """Lets every Mamba-1 and Mamba-2 mixer in a model of transformers run on this package's kernels.
+    """Lets every Mamba-1 and Mamba-2 mixer in a model of transformers, and its norms, run on this package's kernels.
 
     Covers Mamba, FalconMamba, Jamba, Mamba-2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH and Zamba2. Copies of the
     model keep it; a model that is pickled whole and read again has transformers' forward.
@@ -46,8 +55,13 @@ def use_zoo_kernels(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        forward = FORWARDS.get(type(module).__name__)
-        if forward is None or not type(module).__module__.startswith("transformers.models."):
+        kind = type(module).__name__
+        if not type(module).__module__.startswith("transformers.models."):
+            continue
+        if kind in NORMS:
+            module.forward = MethodType(_norm_forward, module)
+        forward = FORWARDS.get(kind)
+        if forward is None:
             continue
         if module.conv_kernel_size > LONGEST_CONVOLUTION:
             _logger.warning(
@@ -140,6 +154,18 @@ def _mamba2_forward(
     return self.out_proj(_gate_and_norm(self, y.flatten(2), z))
 
 
+def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    """RMS norm of tokens (..., D); on CPUs as transformers does it, which keeps what the backward needs."""
+    if hidden_states.device.type == "cpu" or hidden_states.shape[-1] > MAX_NORM_CHANNELS:
+        return type(self).forward(self, hidden_states)
+    return _rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return add_rms_norm(None, x, weight, eps, autocast_dtype(x.device.type, dtype) or dtype)[0]
+
+
 def _project(mixer: nn.Module, x: Tensor) -> Tensor:
     """Input projection of a Mamba-2 mixer, with FalconH1's multipliers where it has them."""
     if hasattr(mixer, "mup_vector"):
@@ -183,7 +209,8 @@ def _convolve(mixer: nn.Module, x: Tensor, cache: Any, mask: Tensor | None) -> T
             cache.layers[layer].conv_states[0].copy_(x[:, -taps:].transpose(1, 2))
     fused = mixer.activation in ("silu", "swish")
     y = causal_conv1d(x, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, activation="silu" if fused else None)
-    y = y[:, -length:]  # what the cache had before these tokens came first
+    if y.shape[1] > length:
+        y = y[:, -length:]  # what the cache had before these tokens came first
     return y if fused else mixer.act(y)
 
 
@@ -219,6 +246,10 @@ def _refuse_packing(kwargs: dict[str, Any]) -> None:
         )
 
 
+NORMS = (
+    *("MambaRMSNorm", "FalconMambaRMSNorm", "JambaRMSNorm", "Mamba2RMSNorm", "BambaRMSNorm", "FalconH1RMSNorm"),
+    *("GraniteMoeHybridRMSNorm", "NemotronHRMSNorm", "Zamba2RMSNorm"),
+)
 FORWARDS: dict[str, Callable[..., Tensor]] = {
     **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), _mamba1_forward),
     **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer"), _mamba2_forward),

@@ -127,7 +127,8 @@ class _PathsMixer(SSDMixer):
             return super().forward(x)
         z, xBC, dt = self.in_proj(x).split([self.projected[0], sum(self.projected[1:4]), self.projected[4]], dim=-1)
         convolved, _ = self._convolve(xBC, None)
-        outputs = [self._gate_and_norm(self._scan_paths(convolved[:, k], dt, k, paths), z) for k in (0, 1)]
+        directions = convolved.unbind(1)
+        outputs = [self._gate_and_norm(self._scan_paths(directions[k], dt, k, paths), z) for k in (0, 1)]
         return self.out_proj((outputs[0] + outputs[1]) / 2)
 
     def _scan_paths(self, xBC: Tensor, dt: Tensor, k: int, paths: Tensor) -> Tensor:
