@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Norm", "channels_last", "conv_norm_act", "make_norm", "resize"]
+__all__ = ["Norm", "channels_last", "conv_norm_act", "make_norm", "resize", "summed_cross_entropy"]
 
 Norm = Literal["batch", "group"]
 
@@ -53,14 +53,19 @@ def conv_norm_act(in_channels: int, channels: int, kernel_size: int = 1, norm: N
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """A map (B, D, H, W) at another size (H, W), bilinearly, by the corners of its cells; see :func:`channels_last`."""
-    if x.device.type != "cpu" and x.requires_grad and torch.is_grad_enabled():
-        return channels_last(_Resize.apply(channels_last(x), tuple(size)))
-    return channels_last(_bilinear(channels_last(x), size))
+    """A map (B, D, H, W) at a size (H, W), bilinearly, by the corners of its cells; see :func:`channels_last`.
+
+    A map that has the size is returned as it is.
+    """
+    size = tuple(size)
+    if x.shape[-2:] == size:
+        return x
+    x, trained = channels_last(x), x.requires_grad and torch.is_grad_enabled()
+    return channels_last(_Resize.apply(x, size) if trained and x.device.type != "cpu" else _bilinear(x, size))
 
 
-def _bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+def _bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class _Resize(torch.autograd.Function):
@@ -99,3 +104,17 @@ def channels_last(x: Tensor) -> Tensor:
     slower.
     """
     return x if x.device.type == "cpu" else x.contiguous(memory_format=torch.channels_last)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor, ignored: int, weight: Tensor | None = None) -> Tensor:
+    """Sum of the cross-entropy of many rows of logits (N, K), in their dtype.
+
+    Losses are added up afterwards: torch's own sum over rows is the work of a single block of threads on GPUs.
+
+    Args:
+        logits: Logits (N, K).
+        labels: Class of every row (N,), int64.
+        ignored: Label of rows that do not count.
+        weight: Weight of every class (K,).
+    """
+    return F.cross_entropy(logits, labels, weight, ignore_index=ignored, reduction="none").sum()

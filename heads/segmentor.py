@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.heads.decode_head import DecodeHead
-from zoo.heads.layers import channels_last, resize
+from zoo.heads.layers import channels_last, resize, summed_cross_entropy
 
 __all__ = ["IGNORED", "Segmentor", "check_masks", "predict_segmentation", "slide_logits"]
 
@@ -128,11 +128,10 @@ class Segmentor(nn.Module):
         """Weighted sum of the cross-entropy of some images' pixels, and of their weights."""
         masks = masks.long()
         logits = resize(logits.float(), masks.shape[-2:]).permute(0, 2, 3, 1).flatten(0, 2)  # (pixels, K)
-        # Added up afterwards: torch's own sum over rows is the work of a single block of threads on GPUs.
-        losses = F.cross_entropy(logits, masks.flatten(), self.class_weights, ignore_index=IGNORED, reduction="none")
+        total = summed_cross_entropy(logits, masks.flatten(), IGNORED, self.class_weights)
         counts = masks != IGNORED
         weights = counts if self.class_weights is None else counts * self.class_weights[masks.where(counts, 0)]
-        return losses.sum(), weights.sum(dtype=torch.float32)
+        return total, weights.sum(dtype=torch.float32)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether the backbone's blocks are recomputed in the backward instead of kept."""
@@ -217,8 +216,7 @@ def predict_segmentation(
         view = view.flip(-1) if mirrored else view
         logits = model(view) if crop_size is None else slide_logits(model, view, crop_size, stride)
         logits = logits.flip(-1) if mirrored else logits
-        logits = logits.float() if logits.shape[-2:] == size else resize(logits.float(), size)
-        probabilities = logits.softmax(1)
+        probabilities = resize(logits.float(), size).softmax(1)
         total = probabilities if total is None else total.add_(probabilities)
     return total.div_(len(scales) * (2 if flip else 1))
 

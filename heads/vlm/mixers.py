@@ -21,17 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.backbones.layers.layer_norm import normed_dtype
 from zoo.backbones.layers.recurrence import negative_exp
 from zoo.heads.vlm.steps import convolution_step, selective_step, ssd_step
-from zoo.kernels import (
-    MAX_NORM_CHANNELS,
-    add_rms_norm,
-    autocast_dtype,
-    causal_conv1d,
-    gated_rms_norm,
-    selective_scan,
-    ssd,
-)
+from zoo.kernels import MAX_NORM_CHANNELS, add_rms_norm, causal_conv1d, gated_rms_norm, selective_scan, ssd
 
 __all__ = ["recurrent_mixers", "use_zoo_kernels"]
 
@@ -162,8 +155,8 @@ def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    return add_rms_norm(None, x, weight, eps, autocast_dtype(x.device.type, dtype) or dtype)[0]
+    dtype = normed_dtype(x.device.type, torch.promote_types(x.dtype, weight.dtype), narrow=True)
+    return add_rms_norm(None, x, weight, eps, dtype)[0]
 
 
 def _project(mixer: nn.Module, x: Tensor) -> Tensor:

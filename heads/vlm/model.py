@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.heads.layers import summed_cross_entropy
 from zoo.heads.vlm.checkpoint import checkpoint_filter_fn  # noqa: F401  (found here by zoo.load_into)
 from zoo.heads.vlm.generation import stream
 from zoo.heads.vlm.sequence import IGNORED, PADDING, PaddingSide, arrange
@@ -307,9 +308,8 @@ class VisionLanguageModel(nn.Module):
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over targets (B, T) that are not -100, 0 if all are; logits (B, T, V)."""
-    # Added up afterwards: torch's own sum over rows is the work of a single block of threads on GPUs.
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.sum() / (targets != IGNORED).sum().clamp(min=1)
+    total = summed_cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), IGNORED)
+    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 def _decays(name: str, parameter: Tensor) -> bool:

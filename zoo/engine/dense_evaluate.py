@@ -114,8 +114,7 @@ def evaluate_segmentation(
 
 def _score(masks: Tensor, probabilities: Tensor, scores: SegmentationScores, loss: Any) -> Tensor:
     """Adds images to the scores, at the size of their masks (B, H, W), and returns the predicted labels."""
-    if probabilities.shape[-2:] != masks.shape[-2:]:
-        probabilities = resize(probabilities, masks.shape[-2:])
+    probabilities = resize(probabilities, masks.shape[-2:])
     labels = probabilities.argmax(1)
     scores.update(labels, masks)
     loss.update(*_cross_entropy(probabilities, masks))
