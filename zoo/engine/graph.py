@@ -1,7 +1,5 @@
 """Training steps of small models without waiting for the host, which issues kernels slower than a GPU runs them."""
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ def capture_training(model: nn.Module, shape: tuple[int, ...], precision: str, *
     with autocast(images.device, precision, keep_weights=False):
         torch.cuda.make_graphed_callables(model.train(), (images, *others), allow_unused_input=True)
     # torch warns of this in every run: the captured graph keeps them, and they belong to the stream of the capture.
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)
