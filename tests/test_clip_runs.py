@@ -270,7 +270,8 @@ def test_scenes_and_grey_photos(tmp_path):
     zero_shot = ZeroShotConfig(data="fashion_mnist", split="test", samples=10, fill=0.45)
     loader, present, names = open_classes(zero_shot, wanted)
     images = present(next(iter(loader))[0])
-    assert images.shape == (10, 3, 64, 64) and len(names) == 10
+    assert images.shape == (10, 3, 64, 64)
+    assert len(names) == 10 and names[:2] == ("t-shirt", "pair of trousers")  # as captions have them
     assert torch.equal(images[:, 0], images[:, 2]) and images[:, :, :17].max() == 0 < images.max()
 
 
@@ -317,4 +318,4 @@ def test_packaged_recipe_is_for_scenes():
     assert isinstance(config, ClipConfig) and config.data.image_size == 64
     assert config.augment.flip == 0  # captions tell left from right
     words = WordTokenizer(vocabulary(), config.model.context_length)
-    words([template.format("trousers") for template in config.zero_shot.templates])
+    words([template.format("pair of trousers") for template in config.zero_shot.templates])

@@ -142,4 +142,4 @@ def test_commands_of_the_guide_name_what_exists():
         assert (ROOT / "tools" / f"{module.removeprefix('zoo.tools.')}.py").is_file()
         if module == "zoo.tools.train":
             load_config(arguments[0], arguments[1:])
-    assert modules.count("zoo.tools.train") == 8
+    assert modules.count("zoo.tools.train") == 10

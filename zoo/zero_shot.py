@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo.config import DataConfig, ZeroShotConfig
 from zoo.data import FileLoader, Normalize, Preprocessing, TensorLoader, make_loader, open_split
 from zoo.data.captions import Tokenizer, build_tokenizer
-from zoo.data.scenes import ITEM_NAMES
+from zoo.data.scenes import ITEM_NAMES, noun_of
 from zoo.engine.checkpoint import load_trained
 from zoo.engine.evaluate import autocast
 from zoo.optional import require
@@ -161,7 +161,8 @@ def open_classes(
         workers=workers,
     )
     dataset, found = open_split(data, config.split)
-    names = tuple(config.class_names or ()) or (ITEM_NAMES if config.data == "fashion_mnist" else _readable(found))
+    default = tuple(map(noun_of, range(len(ITEM_NAMES)))) if config.data == "fashion_mnist" else _readable(found)
+    names = tuple(config.class_names or default)
     if found and len(names) != len(found):
         raise ValueError(f"there are {len(names)} class names for the {len(found)} classes {', '.join(found)}")
     shares = {"device": "cpu", **shares}

@@ -145,8 +145,8 @@ class ZeroShotConfig:
         root: Folder of the data.
         split: Which part.
         samples: Use this many images of data held in memory; default all.
-        class_names: Names in label order as prompts have them; default the folders' names, and one word for each kind
-            of ``fashion_mnist``.
+        class_names: Names in label order as prompts have them; default the folders' names, and for ``fashion_mnist``
+            one word, or ``pair of trousers``.
         templates: Prompts, whose features are averaged; ``{}`` is the name of a class.
         fill: Share of the image's side that they are resized to; the rest is a black frame. For models that have only
             seen things smaller than a whole image.

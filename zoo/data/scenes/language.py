@@ -18,6 +18,7 @@ __all__ = [
     "ask_presence",
     "ask_relation",
     "caption_of",
+    "noun_of",
     "split_words",
     "vocabulary",
 ]
@@ -127,12 +128,15 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({word for text in texts for word in split_words(text)}))
 
 
-def _one(label: int, color: str = "") -> str:
-    """One item with its article: ``an orange coat``, ``a pair of trousers``."""
+def noun_of(label: int, color: str = "") -> str:
+    """One item, to follow an article: ``orange coat``, ``pair of trousers``."""
     words = f"{color} {ITEM_NAMES[label]}".strip()
-    if ITEM_NAMES[label] == PAIRED:
-        return f"a pair of {words}"
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+    return f"pair of {words}" if ITEM_NAMES[label] == PAIRED else words
+
+
+def _one(label: int, color: str = "") -> str:
+    noun = noun_of(label, color)
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def _plural(label: int) -> str:
