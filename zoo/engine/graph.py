@@ -23,11 +23,11 @@ def capture_training(model: nn.Module, shape: tuple[int, ...], precision: str, *
     training = model.training
     images = torch.randn(shape, device=next(model.parameters()).device)
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # warming up moves running statistics
+    # Warming up, capturing and training have a stream each; torch would warn of it in every run, first while capturing.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     # A weight that autocast narrowed once and kept would be what every replay reads.
     with autocast(images.device, precision, keep_weights=False):
         torch.cuda.make_graphed_callables(model.train(), (images, *others), allow_unused_input=True)
-    # torch warns of this in every run: the captured graph keeps them, and they belong to the stream of the capture.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)

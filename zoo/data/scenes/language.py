@@ -87,6 +87,12 @@ def ask_color(label: int, color: str) -> Question:
     return Question("color", f"What color {_is(label)} the {ITEM_NAMES[label]}?", color, tuple(COLORS))
 
 
+def noun_of(label: int, color: str = "") -> str:
+    """One item, to follow an article: ``orange coat``, ``pair of trousers``."""
+    words = f"{color} {ITEM_NAMES[label]}".strip()
+    return f"pair of {words}" if ITEM_NAMES[label] == PAIRED else words
+
+
 def caption_of(
     labels: Sequence[int], colors: Sequence[str], order: Sequence[int], told: Sequence[tuple[str, int, int]]
 ) -> str:
@@ -126,12 +132,6 @@ def vocabulary() -> tuple[str, ...]:
         texts += [*ask_presence(label, True).choices, ask_presence(label, True).text]
     texts += [ask_corner(corner, 0).text for corner in CORNERS]
     return tuple(sorted({word for text in texts for word in split_words(text)}))
-
-
-def noun_of(label: int, color: str = "") -> str:
-    """One item, to follow an article: ``orange coat``, ``pair of trousers``."""
-    words = f"{color} {ITEM_NAMES[label]}".strip()
-    return f"pair of {words}" if ITEM_NAMES[label] == PAIRED else words
 
 
 def _one(label: int, color: str = "") -> str:
