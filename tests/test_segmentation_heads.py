@@ -98,6 +98,19 @@ def test_maps_of_columnar_backbones_are_rescaled():
     assert isinstance(small("vmamba_nano").neck, nn.Identity)
 
 
+def test_maps_reduced_by_convolutions():
+    """Halved once for every factor of 2, all of them trained, and odd sizes rounded up as by the convolutions."""
+    model = small(backbone_kwargs=dict(patch_size=4), reduction="conv")
+    convolutions = [sum(isinstance(layer, nn.Conv2d) for layer in level.modules()) for level in model.neck.levels]
+    assert convolutions == [0, 1, 2, 3]
+    model.loss(torch.randn(2, 3, 44, 60), torch.randint(CLASSES, (2, 44, 60))).backward()
+    assert untouched(model) == []
+    maps = model.neck([torch.randn(2, model.backbone.channels[0], 11, 15)] * 4)
+    assert [tuple(level.shape[-2:]) for level in maps] == [(11, 15), (6, 8), (3, 4), (2, 2)]
+    with pytest.raises(ValueError, match="reduction='mean' is not known; use one of pool, conv"):
+        small(reduction="mean")
+
+
 @pytest.mark.parametrize("name", ["vim_micro", "vmamba_nano"])
 def test_any_image_size(name):
     model = small(name, img_size=(64, 96)).eval()

@@ -11,7 +11,7 @@ from torch import nn
 from zoo.heads.dense_backbone import DenseBackbone
 from zoo.heads.layers import Norm
 from zoo.heads.registry import create_head, list_heads
-from zoo.heads.rescale_pyramid import RescalePyramid
+from zoo.heads.rescale_pyramid import Reduction, RescalePyramid
 from zoo.heads.segmentor import Segmentor
 from zoo.weights import load_checkpoint
 
@@ -63,6 +63,7 @@ def create_segmentor(
     channels: int = 512,
     norm: Norm = "batch",
     auxiliary: bool = True,
+    reduction: Reduction = "pool",
     class_weights: Sequence[float] | None = None,
     img_size: int | Sequence[int] | None = None,
     authors_layout: bool = False,
@@ -85,6 +86,9 @@ def create_segmentor(
         channels: Width of the head.
         norm: Norm of neck and heads: ``"batch"``, or ``"group"`` for small batches.
         auxiliary: Whether an FCN head on the last map but one helps in training.
+        reduction: How maps of a columnar backbone are brought to coarser strides: by ``"pool"``, as in released
+            weights, or ``"conv"``, which has more to learn and does better from fine strides; see
+            :class:`~zoo.heads.rescale_pyramid.RescalePyramid`.
         class_weights: Weight of every class in the loss.
         img_size: Size (H, W) or side that position embeddings are made for, where there are any. Images of other sizes
             work too, at the price of resampling them every time.
@@ -106,7 +110,7 @@ def create_segmentor(
     weights = None if checkpoint is None else load_checkpoint(checkpoint)
     options = _backbone_options(backbone, layout, dict(backbone_kwargs or {}), img_size)
     body = DenseBackbone(backbone, pretrained, weights, grad_checkpointing=grad_checkpointing, **options)
-    neck, maps = _create_neck(body, layout, norm)
+    neck, maps = _create_neck(body, layout, norm, reduction)
     decode_head = create_head(head, *maps, num_classes, channels, norm=norm, **head_kwargs)
     auxiliary_head = None
     if auxiliary:
@@ -136,7 +140,9 @@ def _backbone_options(
     return options
 
 
-def _create_neck(body: DenseBackbone, layout: Layout, norm: Norm) -> tuple[nn.Module, tuple[list[int], list[int]]]:
+def _create_neck(
+    body: DenseBackbone, layout: Layout, norm: Norm, reduction: Reduction
+) -> tuple[nn.Module, tuple[list[int], list[int]]]:
     """The neck, and channels and strides of its maps."""
     in_stride = body.strides[0]
     if len(set(body.strides)) > 1 or not layout.rescale:
@@ -145,5 +151,6 @@ def _create_neck(body: DenseBackbone, layout: Layout, norm: Norm) -> tuple[nn.Mo
         raise ValueError(f"the maps of {body.model_name} have one stride but {body.channels} channels")
     finest = max(min(4, in_stride), in_stride // 4)  # as usual, or as fine as the neck can make it
     levels = 4 if len(body.channels) == 1 else len(body.channels)
-    neck = RescalePyramid(body.channels[0], in_stride, [finest * 2**level for level in range(levels)], norm)
+    strides = [finest * 2**level for level in range(levels)]
+    neck = RescalePyramid(body.channels[0], in_stride, strides, norm, reduction)
     return neck, (neck.out_channels, list(neck.out_strides))
