@@ -17,6 +17,8 @@ from timm.layers import LayerNorm2d
 from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 
+from zoo.backbones.layers.backbone import fit_channels
+
 __all__ = ["DenseBackbone", "FeatureSource", "misfits"]
 
 FeatureSource = Literal["stream", "mixer"]
@@ -132,7 +134,7 @@ class DenseBackbone(nn.Module):
             self.load_state_dict(weights)
             return
         source = self._create()
-        weights = _for_channels(_family_filter(source)(weights, source), source)
+        weights = fit_channels(_family_filter(source)(weights, source), source)
         unused = tuple(
             f"feature_norms.{index}." for index in range(len(source.feature_info)) if index not in self.normed
         )
@@ -230,21 +232,6 @@ def _family_filter(model: nn.Module) -> Callable[[Mapping[str, Tensor], nn.Modul
     """The ``checkpoint_filter_fn`` of the file that defines the model, which translates the authors' names."""
     module = sys.modules[type(model).__module__]
     return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: dict(state_dict))
-
-
-def _for_channels(weights: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    """Weights whose first convolution is made for the image channels of the model, as timm does for pretrained ones.
-
-    Of grey images, channels are added up; otherwise they are repeated and scaled, so that grey images in colour give
-    the same.
-    """
-    name = f"{model.pretrained_cfg.get('first_conv')}.weight"
-    given, needed = weights.get(name), model.state_dict().get(name)
-    if given is None or needed is None or given.ndim != 4 or given.shape[1] == needed.shape[1]:
-        return weights
-    count, wanted = given.shape[1], needed.shape[1]
-    repeated = given.repeat(1, math.ceil(wanted / count), 1, 1)[:, :wanted] * (count / wanted)
-    return {**weights, name: given.sum(1, keepdim=True) if wanted == 1 else repeated}
 
 
 def _is_head(name: str) -> bool:

@@ -17,6 +17,7 @@ from zoo.config import load_config
 from zoo.data import load_digits
 from zoo.engine import evaluate, find_checkpoint, load_trained, read_log, save_weights, train, validate
 from zoo.engine.evaluate import explain_nonfinite
+from zoo.weights import load_features
 
 SMALL = [
     "model.kwargs={img_size: 8, patch_size: 2, embed_dim: 16, depth: 1, d_state: 4}",
@@ -244,6 +245,17 @@ def test_fine_tuning_starts_from_a_checkpoint_with_another_classifier(tmp_path):
     old, new = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert new["head.weight"].shape[0] == 12
     assert all(torch.equal(old[name], new[name]) for name in old if not name.startswith("head."))
+
+
+def test_fine_tuning_in_colour_starts_from_a_checkpoint_for_grey_images(tmp_path):
+    """Features and the classifier of the same shape stay; only the first convolution is spread over the channels."""
+    grey = zoo.create_model("vim_micro", num_classes=10, in_chans=1, img_size=8).eval()
+    colour = zoo.create_model("vim_micro", num_classes=10, img_size=8).eval()
+    load_features(colour, grey.state_dict())
+    images = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(colour(images.expand(-1, 3, -1, -1)), grey(images))
+    with pytest.raises(ValueError, match=r"missing head\.weight"):
+        load_features(colour, {name: tensor for name, tensor in grey.state_dict().items() if "head" not in name})
 
 
 def test_evaluation_counts_exactly(tmp_path):

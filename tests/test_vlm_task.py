@@ -134,6 +134,21 @@ def test_vision_model_starts_from_a_classifier_or_a_clip_run(folder, tmp_path):
         find_task("vlm")(small_config(folder, tmp_path, f"model.checkpoint={file}", "model.kwargs.embed_dim=32"), CPU)
 
 
+def test_vision_model_starts_from_a_classifier_of_grey_images(folder, tmp_path):
+    """Grey images in colour give what they gave."""
+    kwargs = small_config(folder, tmp_path).model.kwargs
+    classifier = zoo.create_model("vim_micro", num_classes=3, in_chans=1, img_size=8, **kwargs)
+    save_weights(classifier.state_dict(), tmp_path / "grey.safetensors")
+    task = find_task("vlm")(small_config(folder, tmp_path, f"model.checkpoint={tmp_path / 'grey.safetensors'}"), CPU)
+    (tower,) = task.model.vision.towers
+    grey = torch.randn(2, 1, 8, 8)
+    (ours,), (theirs,) = (
+        model.eval().forward_intermediates(images, indices=[0], intermediates_only=True, norm=False)
+        for model, images in ((tower, grey.expand(-1, 3, -1, -1)), (classifier, grey))
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_a_pretrained_language_model_and_its_tokenizer(folder, tmp_path):
     import tokenizers
     import transformers

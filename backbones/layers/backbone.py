@@ -1,5 +1,6 @@
 """What columnar and hierarchical backbones share: timm's interface around the classifier, and checkpoints."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from timm.layers import get_device_dtype, trunc_normal_
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "fit_parts", "numbers_for_trace", "unwrap_checkpoint"]
+__all__ = ["Backbone", "fit_channels", "fit_parts", "numbers_for_trace", "unwrap_checkpoint"]
 
 # Last parts of the names of parameters that weight decay leaves alone.
 NO_WEIGHT_DECAY = ("pos_embed", "cls_token", "A_log", "D", "dt_bias", "conv_bias", "gamma", "direction_B")
@@ -94,3 +95,22 @@ def fit_parts(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Te
     if not any(name.startswith("feature_norms.") for name in fitted):
         fitted |= {f"feature_norms.{name}": tensor for name, tensor in built["feature_norms"].state_dict().items()}
     return fitted
+
+
+def fit_channels(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights whose first convolution is made for the image channels of the model, as timm does for pretrained ones.
+
+    Of grey images, channels are added up; otherwise they are repeated and scaled, so that grey images in colour give
+    the same.
+
+    Args:
+        weights: Tensors by the model's names.
+        model: Model of this zoo or of timm, whose ``pretrained_cfg`` names the first convolution.
+    """
+    name = f"{model.pretrained_cfg.get('first_conv')}.weight"
+    given, needed = weights.get(name), model.state_dict().get(name)
+    if given is None or needed is None or given.ndim != 4 or given.shape[1] == needed.shape[1]:
+        return dict(weights)
+    count, wanted = given.shape[1], needed.shape[1]
+    repeated = given.repeat(1, math.ceil(wanted / count), 1, 1)[:, :wanted] * (count / wanted)
+    return {**weights, name: given.sum(1, keepdim=True) if wanted == 1 else repeated}

@@ -15,7 +15,7 @@ import zoo
 from zoo.config import ClassificationConfig, OptimConfig, TrainConfig
 from zoo.data import TensorData, resolve_preprocessing
 from zoo.engine.checkpoint import ModelCard
-from zoo.weights import checkpoint_filter
+from zoo.weights import load_features
 
 __all__ = ["build_loss", "build_model", "build_optimizer", "lr_factor"]
 
@@ -55,7 +55,7 @@ def build_model(
     }
     model = zoo.create_model(config.model.name, pretrained=config.model.pretrained, **kwargs)
     if config.model.checkpoint:
-        _start_from(model, config.model.checkpoint)
+        load_features(model, zoo.load_checkpoint(config.model.checkpoint))
     if config.grad_checkpointing:
         recompute(model, config.grad_checkpointing)
     preprocessing = resolve_preprocessing(config.data, data, model)
@@ -170,15 +170,3 @@ def _with_rates(model: nn.Module, optim: OptimConfig) -> nn.Module | list[dict[s
     for group in groups:
         group["lr_scale"] = group.pop("lr")  # by which the schedule multiplies its rates
     return groups
-
-
-def _start_from(model: nn.Module, path: str) -> None:
-    """Loads a checkpoint for fine-tuning: everything has to fit but the classifier, which stays new if it does not."""
-    weights = dict(checkpoint_filter(model)(zoo.load_checkpoint(path), model))
-    classifier = model.pretrained_cfg["classifier"]
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[0] in heads and name in weights and weights[name].shape != tensor.shape:
-            _logger.info("New %s for %d classes; %s has %d", name, len(tensor), path, len(weights[name]))
-            weights[name] = tensor
-    zoo.load_into(model, weights)

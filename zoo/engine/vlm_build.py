@@ -23,7 +23,7 @@ from zoo.heads.vlm import ChatFormat, VisionLanguageModel, position_limit
 from zoo.heads.vlm.prompts import chat_format_ending_with
 from zoo.optional import require
 from zoo.vlm import create_vlm, load_vlm, load_vlm_checkpoint
-from zoo.weights import checkpoint_filter, load_into
+from zoo.weights import load_features, load_into
 
 __all__ = ["build_vlm", "create_from_card", "encoder_of"]
 
@@ -189,10 +189,7 @@ def _load_tower(tower: nn.Module, path: str) -> None:
     """Loads the weights of a classifier of the same name, or those of the vision model of a CLIP run."""
     weights = zoo.load_checkpoint(path)
     inner = {name.removeprefix(TOWER_PREFIX): weights[name] for name in weights if name.startswith(TOWER_PREFIX)}
-    weights = checkpoint_filter(tower)(inner or weights, tower)
-    classifier = tower.pretrained_cfg["classifier"]
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    load_into(tower, {name: weights[name] for name in weights if name.rpartition(".")[0] not in heads})
+    load_features(tower, inner or weights)
 
 
 def _preprocessing(config: VlmConfig, tower: nn.Module) -> Preprocessing:

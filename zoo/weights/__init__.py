@@ -5,7 +5,7 @@
 
 from zoo.weights.cache import Record, cache_folder
 from zoo.weights.checkpoint import load_checkpoint, save_weights
-from zoo.weights.fit import build_on_meta, checkpoint_filter, fitting_variants, load_into
+from zoo.weights.fit import build_on_meta, checkpoint_filter, fitting_variants, load_features, load_into
 from zoo.weights.pretrained import (
     cached_weights,
     convert_checkpoint,
@@ -29,6 +29,7 @@ __all__ = [
     "fitting_variants",
     "licence_note",
     "load_checkpoint",
+    "load_features",
     "load_into",
     "pretrained_overlay",
     "save_weights",

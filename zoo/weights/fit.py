@@ -1,6 +1,7 @@
 """Loading state dicts with errors that say what is wrong and which model would fit."""
 
 import functools
+import logging
 import math
 import re
 import sys
@@ -12,8 +13,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zoo import backbones
+from zoo.backbones.layers.backbone import fit_channels
 
-__all__ = ["build_on_meta", "checkpoint_filter", "differences", "fitting_variants", "load_into", "misfit"]
+__all__ = [
+    "build_on_meta",
+    "checkpoint_filter",
+    "differences",
+    "fitting_variants",
+    "load_features",
+    "load_into",
+    "misfit",
+]
+
+_logger = logging.getLogger(__name__)
 
 INITIALISERS = {
     *("add_", "clamp_", "copy_", "div_", "erfinv_", "exponential_", "fill_", "log_", "mul_", "neg_", "normal_"),
@@ -46,6 +58,30 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, assign: boo
     if problems:
         raise misfit(type(model).__name__, problems, state_dict)
     model.load_state_dict(converted, assign=assign)
+
+
+def load_features(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Loads a classifier's weights into a model that has no classifier, or is to learn a new one.
+
+    Everything else has to fit but for the number of image channels, to which the first convolution is adapted.
+
+    Args:
+        model: Model of this zoo or of timm. A classifier of the same shape is taken over.
+        state_dict: Weights by name, ours or the authors'.
+
+    Raises:
+        ValueError: As of :func:`load_into`.
+    """
+    weights = fit_channels(checkpoint_filter(model)(state_dict, model), model)
+    own = model.state_dict()
+    classifiers = _classifiers(model)
+    for name in [name for name in weights if name.rpartition(".")[0] in classifiers]:
+        if name not in own:
+            del weights[name]
+        elif weights[name].shape != own[name].shape:
+            _logger.info("New %s for %d classes; the weights have %d", name, len(own[name]), len(weights[name]))
+            weights[name] = own[name]
+    load_into(model, weights)
 
 
 def misfit(what: str, problems: list[str], state_dict: Mapping[str, Tensor]) -> ValueError:
@@ -179,8 +215,13 @@ def _pattern(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's classifiers: mostly one."""
+    names = model.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
 def _num_classes(state_dict: Mapping[str, Tensor], model: nn.Module) -> int | None:
     """Rows of the classifier in a state dict."""
-    classifier = model.pretrained_cfg["classifier"]
-    weight = state_dict.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
+    weight = next((state_dict.get(f"{name}.weight") for name in _classifiers(model)), None)
     return None if weight is None else weight.shape[0]

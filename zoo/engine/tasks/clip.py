@@ -22,7 +22,7 @@ from zoo.engine.task import Place, Task, register_task
 from zoo.files import replacing
 from zoo.optional import require
 from zoo.plots import plot_images
-from zoo.weights import checkpoint_filter
+from zoo.weights import load_features
 from zoo.zero_shot import RANKS, ZeroShotClassifier, embed_pairs, open_classes, pair_recall
 
 __all__ = ["Clip"]
@@ -212,10 +212,7 @@ def _prepare_vision(model: nn.Module, config: ClipModelConfig) -> None:
     """Loads the vision model's weights, if a file is given, and freezes it, if asked."""
     trunk = model.visual.trunk
     if config.checkpoint:
-        classifier = trunk.pretrained_cfg["classifier"]
-        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-        weights = checkpoint_filter(trunk)(zoo.load_checkpoint(config.checkpoint), trunk)
-        zoo.load_into(trunk, {name: weights[name] for name in weights if name.rpartition(".")[0] not in heads})
+        load_features(trunk, zoo.load_checkpoint(config.checkpoint))
     if config.lock_vision:
         model.lock_image_tower(config.unlocked_groups)
 
