@@ -91,4 +91,7 @@ def _rescale(channels: int, in_stride: int, out_stride: int, norm: Norm, reducti
         if reduction == "pool":
             return nn.MaxPool2d(factor)
         return nn.Sequential(*(layer for _ in range(factor.bit_length() - 1) for layer in halve()))
-    raise ValueError(f"cannot bring stride {in_stride} to stride {out_stride}; the factor must be a power of 2 up to 4")
+    raise ValueError(
+        f"cannot bring stride {in_stride} to stride {out_stride}; maps get 2 or 4 times as fine, or 2, 4 or 8 times as "
+        "coarse"
+    )
