@@ -6,7 +6,6 @@ through a norm, its own or the model's.
 
 import math
 import pickle
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from timm.layers import LayerNorm2d
 from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 
-from zoo.backbones.layers.backbone import fit_channels
+from zoo.backbones.layers.backbone import checkpoint_filter, fit_channels
 
 __all__ = ["DenseBackbone", "FeatureSource", "misfits"]
 
@@ -134,7 +133,7 @@ class DenseBackbone(nn.Module):
             self.load_state_dict(weights)
             return
         source = self._create()
-        weights = fit_channels(_family_filter(source)(weights, source), source)
+        weights = fit_channels(checkpoint_filter(source)(weights, source), source)
         unused = tuple(
             f"feature_norms.{index}." for index in range(len(source.feature_info)) if index not in self.normed
         )
@@ -145,7 +144,7 @@ class DenseBackbone(nn.Module):
 
     def convert(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the model, by our names or the authors', to the names of this backbone, without checking them."""
-        return {f"model.{name}": tensor for name, tensor in _family_filter(self.model)(weights, self.model).items()}
+        return {f"model.{name}": tensor for name, tensor in checkpoint_filter(self.model)(weights, self.model).items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks are recomputed in the backward instead of kept."""
@@ -226,12 +225,6 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"{path} holds more than weights, which could be code, or is damaged; give the weights alone: "
             f"zoo.load_checkpoint({str(path)!r})"
         ) from error
-
-
-def _family_filter(model: nn.Module) -> Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]:
-    """The ``checkpoint_filter_fn`` of the file that defines the model, which translates the authors' names."""
-    module = sys.modules[type(model).__module__]
-    return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: dict(state_dict))
 
 
 def _is_head(name: str) -> bool:

@@ -1,14 +1,15 @@
 """What columnar and hierarchical backbones share: timm's interface around the classifier, and checkpoints."""
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from timm.layers import get_device_dtype, trunc_normal_
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "fit_channels", "fit_parts", "numbers_for_trace", "unwrap_checkpoint"]
+__all__ = ["Backbone", "checkpoint_filter", "fit_channels", "fit_parts", "numbers_for_trace", "unwrap_checkpoint"]
 
 # Last parts of the names of parameters that weight decay leaves alone.
 NO_WEIGHT_DECAY = ("pos_embed", "cls_token", "A_log", "D", "dt_bias", "conv_bias", "gamma", "direction_B")
@@ -81,6 +82,12 @@ def unwrap_checkpoint(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
         if isinstance(state_dict.get(envelope), Mapping):
             return state_dict[envelope]
     return state_dict
+
+
+def checkpoint_filter(model: nn.Module) -> Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]:
+    """The ``checkpoint_filter_fn`` of the file that defines the model; does nothing if the file has none."""
+    module = sys.modules[type(model).__module__]
+    return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: dict(state_dict))
 
 
 def fit_parts(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:

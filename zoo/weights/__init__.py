@@ -3,9 +3,10 @@
 ``create_model(..., pretrained=True)`` needs nothing of this; it is here for tools and for checkpoints of your own.
 """
 
+from zoo.backbones.layers.backbone import checkpoint_filter
 from zoo.weights.cache import Record, cache_folder
 from zoo.weights.checkpoint import load_checkpoint, save_weights
-from zoo.weights.fit import build_on_meta, checkpoint_filter, fitting_variants, load_features, load_into
+from zoo.weights.fit import build_on_meta, fitting_variants, load_features, load_into
 from zoo.weights.pretrained import (
     cached_weights,
     convert_checkpoint,

@@ -4,8 +4,7 @@ import functools
 import logging
 import math
 import re
-import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import timm
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zoo import backbones
-from zoo.backbones.layers.backbone import fit_channels
+from zoo.backbones.layers.backbone import checkpoint_filter, fit_channels
 
 __all__ = [
     "build_on_meta",
-    "checkpoint_filter",
     "differences",
     "fitting_variants",
     "load_features",
@@ -36,12 +34,6 @@ SIZE_VARIES = ("pos_embed", "rope", "head")  # parts that depend on image size a
 _sizes: dict[str, int] = {}  # elements of each model's other parts, by name
 
 
-def checkpoint_filter(model: nn.Module) -> Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]:
-    """The ``checkpoint_filter_fn`` of the file that defines the model; does nothing if the file has none."""
-    module = sys.modules[type(model).__module__]
-    return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: dict(state_dict))
-
-
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, assign: bool = False) -> None:
     """Converts a state dict to the model's names and loads it; every name and shape has to fit.
 
@@ -53,11 +45,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, assign: boo
     Raises:
         ValueError: If names or shapes differ; the message lists them, and the models that the weights fit.
     """
-    converted = checkpoint_filter(model)(state_dict, model)
-    problems = differences(converted, model.state_dict())
-    if problems:
-        raise misfit(type(model).__name__, problems, state_dict)
-    model.load_state_dict(converted, assign=assign)
+    _load_converted(model, checkpoint_filter(model)(state_dict, model), state_dict, assign)
 
 
 def load_features(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -81,7 +69,17 @@ def load_features(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         elif weights[name].shape != own[name].shape:
             _logger.info("New %s for %d classes; the weights have %d", name, len(own[name]), len(weights[name]))
             weights[name] = own[name]
-    load_into(model, weights)
+    _load_converted(model, weights, state_dict)
+
+
+def _load_converted(
+    model: nn.Module, converted: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], assign: bool = False
+) -> None:
+    """Loads weights by the model's names; an error tells which models the ones they were made of fit."""
+    problems = differences(converted, model.state_dict())
+    if problems:
+        raise misfit(type(model).__name__, problems, state_dict)
+    model.load_state_dict(converted, assign=assign)
 
 
 def misfit(what: str, problems: list[str], state_dict: Mapping[str, Tensor]) -> ValueError:

@@ -18,10 +18,11 @@ from timm.models import PretrainedCfg
 from torch import Tensor
 
 from zoo import backbones
+from zoo.backbones.layers.backbone import checkpoint_filter
 from zoo.version import __version__
 from zoo.weights.cache import Record, cache_folder, file_hash, find, locked, read_record, writable_folder, write_record
 from zoo.weights.checkpoint import load_checkpoint, save_weights
-from zoo.weights.fit import build_on_meta, checkpoint_filter, differences, misfit
+from zoo.weights.fit import build_on_meta, differences, misfit
 from zoo.weights.transfer import DownloadError, download
 
 __all__ = [
